@@ -1,0 +1,747 @@
+"""One dense DDPM from nothing: images in, noise schedule, loss, training loop, EMA, samplers (2006.11239).
+
+    python ddpm.py --dataset digits                     # draws its own data, trains, writes runs/ddpm_digits/
+    python ddpm.py --dataset mnist --data-dir data      # downloads MNIST to data/ when it is not there
+
+lth_diffusion.py and the studies train through the same functions, with hooks for masks.
+"""
+import argparse
+import contextlib
+import copy
+import functools
+import gzip
+import hashlib
+import http.client
+import io
+import math
+import os
+import shlex
+import tarfile
+import tempfile
+import time
+import urllib.request
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from tqdm import tqdm
+
+from unet import PRESETS, UNet
+
+# ---------------------------------------------------------------------------------------------------
+# Images in
+
+DATASETS = {  # name -> ((channels, height, width), number of classes)
+    "digits": ((1, 28, 28), 10), "mnist": ((1, 28, 28), 10), "fashion": ((1, 28, 28), 10),
+    "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100),
+}
+CACHE = os.path.join("runs", "cache")  # takes what must be written when the data folder is read-only
+MAX_IMAGES = 100_000  # in one file: above every official count, and the bound on what is ever allocated
+KRIZ = "https://www.cs.toronto.edu/~kriz/"
+MIRRORS = {  # tried in this order; a file name is appended
+    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+              "https://storage.googleapis.com/cvdf-datasets/mnist/"),
+    "fashion": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"),
+    "cifar10": (KRIZ,), "cifar100": (KRIZ,),
+}
+IDX_MD5 = {  # (data set, split) -> md5 of the image file and of the label file
+    ("mnist", "train"): ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432"),
+    ("mnist", "test"): ("9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"),
+    ("fashion", "train"): ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe"),
+    ("fashion", "test"): ("bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
+}
+CIFAR = {  # archive, its md5, folder in it, label bytes of a record (the last one counts), files of a split
+    "cifar10": ("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", "cifar-10-batches-bin", 1,
+                {"train": [f"data_batch_{i}.bin" for i in range(1, 6)], "test": ["test_batch.bin"]}),
+    "cifar100": ("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", "cifar-100-binary", 2,
+                 {"train": ["train.bin"], "test": ["test.bin"]}),
+}
+
+
+def load_images(dataset, root, split="train"):
+    """One split of a data set -> (images uint8 [N, C, H, W], labels int64 [N]), on the CPU.
+
+    Files already under `root` are used as they are, without the network; missing ones are downloaded
+    (digits: drawn) into it, or into runs/cache/ when it cannot be written.
+    Raises ValueError for an unknown name, OSError (one line, with the way out) for a bad or missing file.
+    """
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
+    if split not in ("train", "test"):
+        raise ValueError(f"unknown split {split!r}: choose from train, test")
+    root = os.path.expanduser(os.fspath(root))
+    read = _read_digits if dataset == "digits" else _read_cifar if dataset in CIFAR else _read_mnist
+    images, labels = read(dataset, root, split)
+    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def to_float(images):
+    """uint8 in 0..255 -> float32 in [-1, 1], any shape: the range the diffusion works in."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"to_float wants uint8 images, not {images.dtype}")
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """Floats in [-1, 1], any shape -> uint8, rounded and clamped: the exact inverse of to_float."""
+    if not x.is_floating_point():
+        raise ValueError(f"to_uint8 wants floats in [-1, 1], not {x.dtype}")
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(images, path, columns=10, scale=2, gap=1, background=96):
+    """Write uint8 [N, 1 or 3, H, W] as a PNG grid and return the PIL image; path None writes nothing.
+
+    Each pixel becomes a scale x scale square; grey lines of `gap` pixels separate and surround the images.
+    Raises ValueError for other shapes or dtypes, OSError when the file cannot be written.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise ValueError(f"save_grid wants uint8 [N, 1 or 3, H, W], not {images.dtype} {list(images.shape)}")
+    tiles = images.cpu().permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)  # [N, h, w, C]
+    n, h, w, c = tiles.shape
+    columns = min(columns, n)
+    rows = math.ceil(n / columns)
+    grid = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), background, np.uint8)
+    for i, tile in enumerate(tiles):
+        y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        grid[y:y + h, x:x + w] = tile
+    picture = Image.fromarray(grid[:, :, 0] if c == 1 else grid)
+    if path is not None:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        picture.save(path, format="PNG")
+    return picture
+
+
+# --- digits: drawn, so that the first command runs anywhere
+
+DIGITS = {"train": (10_000, 1), "test": (2_000, 2)}  # split -> (number of images, seed)
+FINE = 3  # drawn on a canvas this many times finer, then averaged down: smooth edges without aliasing
+
+
+@functools.lru_cache(maxsize=None)
+def _glyph(digit, stroke):
+    """One upright digit centred on the fine canvas, `stroke` fine pixels fatter all round -> PIL image."""
+    size = 28 * FINE
+    canvas, font = Image.new("L", (size, size)), ImageFont.load_default(size=0.98 * size)
+    left, top, right, bottom = font.getbbox(str(digit))
+    corner = ((size - left - right) / 2, (size - top - bottom) / 2)
+    ImageDraw.Draw(canvas).text(corner, str(digit), fill=255, font=font, stroke_width=stroke)
+    return canvas
+
+
+def draw_digits(n, seed):
+    """n digits in Pillow's built-in font, white on black -> (uint8 [n, 1, 28, 28], labels uint8 [n]), numpy.
+
+    Random position, size, rotation, shear, stroke width and blur, all from `seed`; every class equally often.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % 10).astype(np.uint8)
+    strokes = rng.integers(1, 4, n)                              # in fine pixels
+    angles, shears = rng.uniform(-0.16, 0.16, n), rng.uniform(-0.12, 0.12, n)  # radians; x by y
+    widths, heights = rng.uniform(0.9, 1.1, n), rng.uniform(0.9, 1.05, n)
+    shifts = rng.uniform(-1.2, 1.2, (n, 2)) * FINE               # in pixels of the result -> in fine pixels
+    blurs = rng.uniform(0.1, 0.4, n) * FINE
+    images, centre = np.empty((n, 1, 28, 28), np.uint8), np.full(2, 14 * FINE)
+    for i in tqdm(range(n), desc="drawing digits", unit="image", leave=False, disable=None):
+        cos, sin = math.cos(angles[i]), math.sin(angles[i])
+        forward = np.array([[cos, -sin], [sin, cos]]) @ [[widths[i], shears[i]], [0, heights[i]]]
+        back = np.linalg.inv(forward)  # Pillow asks where in the source each target pixel comes from
+        offset = centre - back @ (centre + shifts[i])
+        matrix = (*back[0], offset[0], *back[1], offset[1])
+        fine = _glyph(int(labels[i]), int(strokes[i]))
+        fine = fine.transform(fine.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        images[i, 0] = np.asarray(fine.filter(ImageFilter.GaussianBlur(float(blurs[i]))).reduce(FINE))
+    return images, labels
+
+
+def _read_digits(dataset, root, split):
+    """The digits of a split from their cache, or drawn and cached (3 to 7 s for the 10,000 of train)."""
+    n, seed = DIGITS[split]
+    folders = [os.path.join(root, dataset), os.path.join(CACHE, dataset)]
+    for folder in folders:
+        with contextlib.suppress(Exception):  # only a cache: whatever is wrong with it, draw anew
+            with np.load(os.path.join(folder, f"{split}.npz"), allow_pickle=False) as file:
+                images, labels = file["images"], file["labels"]
+            if (images.shape, labels.shape) == ((n, 1, 28, 28), (n,)) and labels.max() < 10 \
+                    and images.dtype == labels.dtype == np.uint8:
+                return images, labels
+    images, labels = draw_digits(n, seed)
+    try:
+        with atomic(os.path.join(_writable(folders), f"{split}.npz")) as temporary:
+            with open(temporary, "wb") as file:
+                np.savez(file, images=images, labels=labels)
+    except OSError as error:  # a pity, but no reason to stop: the next run draws them again
+        print(f"digits are not cached: {_reason(error)}")
+    return images, labels
+
+
+# --- files: found, or fetched
+
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary name beside `path`: renamed to it when the block ends well, else removed."""
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def _writable(folders):
+    """The first folder that can be made and written to. Raises OSError when there is none."""
+    for folder in folders:
+        parent = folder
+        while not os.path.exists(parent):
+            parent = os.path.dirname(parent) or "."
+        with contextlib.suppress(OSError):
+            if os.stat(parent).st_mode & 0o222:  # nobody may write: meant so, though the superuser could
+                os.makedirs(folder, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):  # bits say nothing of read-only mounts: try it
+                    return folder
+    raise OSError(f"cannot write to {' nor to '.join(folders)}: choose another --data-dir")
+
+
+def _reason(error):
+    """What went wrong, on one line."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
+@contextlib.contextmanager
+def _reading(path):
+    """Turn whatever reading a damaged file raises into one OSError that names it and the way out."""
+    try:
+        yield
+    except Exception as error:  # gzip, zlib, tarfile and numpy have a dozen ways to trip over bad bytes
+        raise OSError(f"{path}: {_reason(error)}; delete it and run again to download it anew") from error
+
+
+def _find(dataset, name, md5, folders):
+    """Path of file `name`: from the first folder that has it, else downloaded to the first that takes it."""
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    path = os.path.join(_writable(folders), name)
+    return download([mirror + name for mirror in MIRRORS[dataset]], path, md5)
+
+
+def download(urls, path, md5, timeout=20, max_bytes=250_000_000):
+    """Fetch the first of `urls` that serves the file with this md5 to `path` -> path.
+
+    timeout: seconds without an answer. `path` appears only once it is complete and right.
+    Raises one OSError, with the command to fetch it by hand, when no url does.
+    """
+    failures = []
+    for url in urls:
+        print(f"downloading {url}")
+        try:
+            with atomic(path) as temporary:
+                _transfer(url, temporary, md5, timeout, max_bytes)
+            return path
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            failures.append(f"{url}: {_reason(error)}")
+    folder, name = os.path.split(path)
+    raise OSError(f"could not download {name} to {folder or '.'} ({'; '.join(failures)}); fetch it by hand: "
+                  f"curl -L --create-dirs -o {shlex.quote(path)} {shlex.quote(urls[0])}")
+
+
+def _transfer(url, path, md5, timeout, max_bytes):
+    """Copy url to path with a progress bar. Raises OSError unless it is whole and has this md5."""
+    digest, size, start = hashlib.md5(usedforsecurity=False), 0, b""
+    with urllib.request.urlopen(url, timeout=timeout) as answer, open(path, "wb") as file:
+        total = answer.length
+        with tqdm(total=total, desc=os.path.basename(url), unit="B", unit_scale=True, disable=None) as bar:
+            while chunk := answer.read(1 << 16):
+                size, start = size + len(chunk), start or chunk
+                if size > max_bytes:
+                    raise OSError(f"longer than {max_bytes} bytes")
+                file.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+    if total is not None and size != total:
+        raise OSError(f"broke off after {size} of {total} bytes")
+    if digest.hexdigest() != md5:
+        what = "a web page, not the file" if start.lstrip()[:1] == b"<" else "wrong md5"
+        raise OSError(f"{what} ({digest.hexdigest()}, expected {md5})")
+
+
+# --- file formats, read with every length checked before anything is believed
+
+def _read_idx(path, shape):
+    """A gzipped IDX file of uint8 items of `shape` (() for labels) -> numpy [N, *shape]. Raises OSError."""
+    with _reading(path), gzip.open(path) as file:
+        header = file.read(8 + 4 * len(shape))
+        n, *sizes = np.frombuffer(header[4:].ljust(4 + 4 * len(shape), b"\0"), ">u4").tolist()
+        if header[:4] != bytes((0, 0, 8, 1 + len(shape))) or tuple(sizes) != shape:  # 8: unsigned bytes
+            raise ValueError(f"not an IDX file of {'x'.join(map(str, shape)) or 'single'} bytes")
+        if not 0 < n <= MAX_IMAGES:
+            raise ValueError(f"its header counts {n} items, not 1 to {MAX_IMAGES}")
+        size = n * math.prod(shape)
+        data = file.read(size + 1)  # the one byte more reaches the end, where gzip compares its checksum
+        if len(data) != size:
+            raise ValueError(f"{'fewer' if len(data) < size else 'more'} than the {n} items of its header")
+        return np.frombuffer(bytearray(data), np.uint8).reshape(n, *shape)
+
+
+def _read_mnist(dataset, root, split):
+    """MNIST or Fashion-MNIST from their IDX files -> numpy (images [N, 1, 28, 28], labels [N])."""
+    prefix, md5 = {"train": "train", "test": "t10k"}[split], IDX_MD5[dataset, split]
+    folders = [os.path.join(root, dataset), os.path.join(CACHE, dataset)]
+    image_path = _find(dataset, f"{prefix}-images-idx3-ubyte.gz", md5[0], folders)
+    label_path = _find(dataset, f"{prefix}-labels-idx1-ubyte.gz", md5[1], folders)
+    images, labels = _read_idx(image_path, (28, 28)), _read_idx(label_path, ())
+    with _reading(label_path):
+        if len(labels) != len(images):
+            raise ValueError(f"{len(labels)} labels for the {len(images)} images of {image_path}")
+        if labels.max() > 9:
+            raise ValueError(f"label {labels.max()} is not 0 to 9")
+    return images[:, None], labels
+
+
+def _read_archive(path, names, max_bytes):
+    """Members `names` of a .tar.gz -> list of their bytes; others are skipped, none is written to disk.
+
+    Raises ValueError for a link, a second copy or a missing one, and when it unpacks to more than max_bytes.
+    """
+    with gzip.open(path) as file:
+        data = file.read(max_bytes + 1)  # all of it or a bomb: at its end gzip compares its checksum
+    if len(data) > max_bytes:
+        raise ValueError(f"it unpacks to more than {max_bytes} bytes")
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        for member in tar:
+            if member.name in names:
+                if member.name in found or not member.isreg() or member.issparse():
+                    raise ValueError(f"{member.name} in it is there twice or not a plain file")
+                found[member.name] = tar.extractfile(member).read()
+    if len(found) < len(names):
+        raise ValueError(f"{', '.join(name for name in names if name not in found)} is missing in it")
+    return [found[name] for name in names]
+
+
+def _read_cifar(dataset, root, split):
+    """CIFAR from its extracted folder or its archive -> numpy (images [N, 3, 32, 32], labels [N])."""
+    archive, md5, inside, label_bytes, files = CIFAR[dataset]
+    record, names = label_bytes + 3 * 32 * 32, files[split]  # labels, 1024 red, 1024 green, 1024 blue bytes
+    folders, blobs = [root, os.path.join(root, dataset), os.path.join(CACHE, dataset)], []
+    folder = next((f for f in (os.path.join(f, inside) for f in folders) if os.path.isdir(f)), None)
+    if folder is None:
+        paths = [_find(dataset, archive, md5, folders)] * len(names)
+        with _reading(paths[0]):
+            blobs = _read_archive(paths[0], [f"{inside}/{name}" for name in names], 250_000_000)
+    else:
+        paths = [os.path.join(folder, name) for name in names]
+        for path in paths:
+            if not os.path.exists(path):
+                raise OSError(f"{path} is missing; delete {folder} and run again to download it anew")
+            with _reading(path), open(path, "rb") as file:
+                blobs.append(file.read(MAX_IMAGES * record + 1))  # one more is no multiple: refused below
+    for path, name, blob in zip(paths, names, blobs):
+        with _reading(path):
+            if len(blob) == 0 or len(blob) % record:
+                raise ValueError(f"{name} has {len(blob)} bytes, not a multiple of {record}")
+            highest, classes = max(blob[label_bytes - 1::record]), DATASETS[dataset][1]
+            if highest >= classes:
+                raise ValueError(f"{name} has label {highest}, not 0 to {classes - 1}")
+    records = np.frombuffer(b"".join(blobs), np.uint8).reshape(-1, record)
+    return records[:, label_bytes:].reshape(-1, 3, 32, 32).copy(), records[:, label_bytes - 1]
+
+
+# ---------------------------------------------------------------------------------------------- diffusion
+
+class Diffusion:
+    """The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 0 being one step of noise.
+
+    schedule: "linear" = betas from 1e-4 to 0.02 (2006.11239, section 4), "cosine" = 2102.09672, section 3.2.
+    The tables betas, alphas_bar and posterior_variance are float64 (T,), on the CPU.
+    Raises ValueError for an unknown schedule or a T too short for it.
+    """
+
+    def __init__(self, T=1000, schedule="linear"):
+        if schedule == "linear":  # scaled so that a shorter chain destroys as much signal
+            self.betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
+        elif schedule == "cosine":
+            angle = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2
+            self.betas = (1 - (angle[1:].cos() / angle[:-1].cos()) ** 2).clamp(max=0.999)
+        else:
+            raise ValueError(f"schedule={schedule!r}: choose linear or cosine")
+        if not bool((self.betas < 1).all()):
+            raise ValueError(f"T={T} is too short for the {schedule} schedule: some beta is 1 or more")
+        self.T = T
+        self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
+        self.posterior_variance = self.betas * (1 - before) / (1 - self.alphas_bar)
+        self._tables = {}
+
+    def _gather(self, t, like):
+        """sqrt(abar_t) and sqrt(1 - abar_t) as (B, 1, 1, 1) in like's dtype; tables are kept by device."""
+        key = (like.device, like.dtype)
+        if key not in self._tables:
+            both = torch.stack([self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()])  # (2, T)
+            self._tables[key] = both.to(like.dtype).to(like.device)
+        return self._tables[key][:, t].reshape(2, -1, *[1] * (like.dim() - 1))  # (2, B, 1, 1, 1)
+
+    def q_sample(self, x0, t, noise):
+        """x_t for x0 (B, C, H, W) in [-1, 1], t (B,) int64 and noise like x0 (2006.11239, eq. 4)."""
+        signal, sigma = self._gather(t, x0)
+        return signal * x0 + sigma * noise
+
+    def loss(self, model, x0, t, noise):
+        """The simple loss, mean squared error on eps, as a scalar (2006.11239, eq. 14)."""
+        return F.mse_loss(model(self.q_sample(x0, t, noise), t).float(), noise)
+
+
+# ----------------------------------------------------------------------------------------------- samplers
+# One step each, from noise level abar_from to abar_to (floats; 1.0 = clean), so that they can be checked on
+# any grid, continuous time included. x0 and eps are two names for one prediction: x = sqrt(abar) x0 + sigma eps.
+
+def predict_x0(x, eps, abar, clip):
+    """(x0, eps) implied by the predicted eps. With clip, x0 is cut to [-1, 1] and eps follows from it again,
+    so that the two stay consistent; the authors of DDIM (2010.02502) leave eps as it was."""
+    x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
+    if clip:
+        x0 = x0.clamp(-1, 1)
+        eps = (x - math.sqrt(abar) * x0) / math.sqrt(1 - abar)
+    return x0, eps
+
+
+def ddim_step(x, eps, abar_from, abar_to, eta=0.0, noise=None, clip=False):
+    """2010.02502, eq. 12 and 16; eta = 0 is deterministic, eta = 1 the ancestral step."""
+    x0, eps = predict_x0(x, eps, abar_from, clip)
+    sigma = eta * math.sqrt((1 - abar_to) / (1 - abar_from) * (1 - abar_from / abar_to))
+    x = math.sqrt(abar_to) * x0 + math.sqrt(max(1 - abar_to - sigma ** 2, 0.0)) * eps
+    return x + sigma * noise if sigma > 0 else x
+
+
+def ddpm_step(x, eps, abar_from, abar_to, noise=None, clip=False):
+    """2006.11239, eq. 6-7: the posterior q(x_s | x_t, x0) at the predicted x0, with the small variance."""
+    x0, _ = predict_x0(x, eps, abar_from, clip)
+    alpha = abar_from / abar_to
+    mean = (math.sqrt(abar_to) * (1 - alpha) * x0 + math.sqrt(alpha) * (1 - abar_to) * x) / (1 - abar_from)
+    variance = (1 - abar_to) / (1 - abar_from) * (1 - alpha)
+    return mean + math.sqrt(variance) * noise if variance > 0 else mean
+
+
+def dpm_step(x, x0, abar_from, abar_to, x0_before=None, abar_before=None):
+    """DPM-Solver++(2M), 2211.01095, algorithm 2: exact in the linear part, x0 extrapolated in log-SNR.
+
+    x0_before, abar_before: the prediction one step earlier and its level; without them, or at the last step
+    (abar_to = 1, where the log-SNR is infinite), the first-order step, which is DDIM with eta = 0.
+    """
+    def half_log_snr(abar):
+        return 0.5 * math.log(abar / (1 - abar))
+
+    if abar_to >= 1:
+        return x0
+    h = half_log_snr(abar_to) - half_log_snr(abar_from)
+    if x0_before is not None:
+        r = (half_log_snr(abar_from) - half_log_snr(abar_before)) / h
+        x0 = (1 + 0.5 / r) * x0 - 0.5 / r * x0_before
+    return math.sqrt((1 - abar_to) / (1 - abar_from)) * x - math.sqrt(abar_to) * math.expm1(-h) * x0
+
+
+@torch.no_grad()
+def sample(model, diffusion, x_T, method="ddpm", steps=50, eta=0.0, clip=True, generator=None):
+    """Images (N, C, H, W) from noise x_T, in x_T's dtype; `model` is any callable (x, t (N,) int64) -> eps.
+
+    method: "ddpm" (ancestral), "ddim" (eta) or "dpm" (DPM-Solver++ 2M). steps: network evaluations, at
+    t = i * (T // steps), descending; the last step goes to abar = 1. generator: for the noise of stochastic
+    samplers. Raises ValueError for an unknown method or more steps than T.
+    """
+    if method not in ("ddpm", "ddim", "dpm"):
+        raise ValueError(f"method={method!r}: choose ddpm, ddim or dpm")
+    if not 1 <= steps <= diffusion.T:
+        raise ValueError(f"steps={steps} must lie between 1 and T={diffusion.T}")
+    stride, abar = diffusion.T // steps, diffusion.alphas_bar.tolist()
+    x, before = x_T, (None, None)
+    for i in reversed(range(steps)):
+        abar_from, abar_to = abar[i * stride], abar[(i - 1) * stride] if i else 1.0
+        eps = model(x, torch.full((len(x),), i * stride, dtype=torch.int64, device=x.device)).to(x.dtype)
+        if method == "dpm":
+            x0, _ = predict_x0(x, eps, abar_from, clip)
+            x = dpm_step(x, x0, abar_from, abar_to, *before)
+            before = (x0, abar_from)
+            continue
+        noise = None
+        if i and (method == "ddpm" or eta > 0):
+            where = generator.device if generator is not None else x.device
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=where).to(x.device)
+        x = (ddpm_step(x, eps, abar_from, abar_to, noise, clip) if method == "ddpm" else
+             ddim_step(x, eps, abar_from, abar_to, eta, noise, clip))
+    return x
+
+
+# ----------------------------------------------------------------------------------------------- training
+
+class EMA:
+    """Exponential moving average of a model's weights, `.model`: the network that is sampled.
+
+    decay: 0.9999 in 2006.11239. With warmup the decay of update n is min(decay, (1 + n) / (10 + n)), so that a
+    short run does not sample its own initialisation. A weight that is always 0 stays exactly 0 in the average.
+    """
+
+    def __init__(self, model, decay, warmup=False):
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay, self.warmup, self.updates = decay, warmup, 0
+
+    @torch.no_grad()
+    def update(self, model):
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        self.updates += 1
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+
+
+def learning_rate(step, steps, lr, schedule, warmup):
+    """The rate at `step` of `steps`: linear warm-up, then "constant", "linear" or "cosine" decay to 0."""
+    decay = {"constant": 1.0, "linear": 1 - step / steps, "cosine": 0.5 * (1 + math.cos(math.pi * step / steps))}
+    return lr * min(1.0, (step + 1) / max(warmup, 1)) * decay[schedule]
+
+
+def make_optimizer(name, parameters, lr):
+    """"adam" (2006.11239) or "sgd" (momentum 0.9, as in most lottery-ticket work)."""
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=lr, fused=True)
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, fused=True)
+
+
+def batch_at(images, step, seed, batch, flip, T, generator):
+    """Batch, t and noise of one step, as a pure function of (seed, step): runs resume, arms share their data
+    and shards agree without any generator's state being kept. images: uint8 (N, C, H, W), on the device."""
+    generator.manual_seed(seed * 1_000_003 + step)
+    device = images.device
+    index = torch.randint(len(images), (batch,), generator=generator, device=device)
+    x0 = to_float(images[index])  # (B, C, H, W) in [-1, 1]
+    if flip:
+        left = torch.rand(batch, generator=generator, device=device) < 0.5
+        x0 = torch.where(left[:, None, None, None], x0.flip(3), x0)
+    t = torch.randint(T, (batch,), generator=generator, device=device)
+    return x0, t, torch.randn(x0.shape, generator=generator, device=device)
+
+
+class LossLog:
+    """Mean loss of every window of steps, and the guard against a loss that is no longer a number.
+
+    The device is waited for at window ends only, so that a GPU is never stalled by the log.
+    """
+
+    def __init__(self, every, label, device):
+        self.every, self.label, self.means = every, label, []
+        self.sum, self.count = torch.zeros((), device=device), 0
+
+    def add(self, step, loss, last):
+        self.sum, self.count = self.sum + loss.detach(), self.count + 1
+        if (step + 1) % self.every == 0 or last:
+            self.means.append((step + 1, self.mean(step)))
+            self.sum, self.count = torch.zeros_like(self.sum), 0
+
+    def mean(self, step):
+        """Mean loss of the window so far; FloatingPointError when it is not finite."""
+        mean = self.sum.item() / max(self.count, 1)
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"{self.label}: the loss became {mean} by step {step + 1}; try a lower --lr")
+        return mean
+
+
+def capture(step, model, ema, opt, log):
+    """Everything that training goes on from after `step` steps; raises FloatingPointError rather than save ruins."""
+    log.mean(step)
+    return dict(step=step, model=model.state_dict(), ema=ema.model.state_dict(), ema_updates=ema.updates,
+                optimizer=opt.state_dict(), losses=list(log.means), window=(log.sum.item(), log.count))
+
+
+def restore(state, model, ema, opt, log):
+    """Undo capture, to the bit; return the step to go on with."""
+    model.load_state_dict(state["model"])
+    ema.model.load_state_dict(state["ema"])
+    opt.load_state_dict(state["optimizer"])
+    ema.updates, log.means = state["ema_updates"], list(state["losses"])
+    log.sum, log.count = torch.full_like(log.sum, state["window"][0]), state["window"][1]
+    return state["step"]
+
+
+def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_schedule="constant", warmup=100,
+          optimizer="adam", clip=1.0, ema_decay=0.9999, flip=False, seed=0, precision="fp32", label="train",
+          after_backward=None, after_step=None, state=None, checkpoint=None):
+    """Train `model` in place on steps start .. steps-1 of one schedule; return (EMA, [(step, mean loss)]).
+
+    images: uint8 (N, C, H, W) on the model's device. after_backward(step, model) sees the gradients before they
+    are clipped and may return True to leave out this step's update; after_step(step, model, optimizer) runs
+    after the update. checkpoint(get_state) is called after every step and calls get_state() when it wants to
+    save; such a state, passed as `state`, goes on from there to the bit. Raises FloatingPointError for a loss
+    that is not finite, before such a state is handed out.
+    """
+    device = images.device
+    model.to(memory_format=torch.channels_last).train()
+    opt, ema = make_optimizer(optimizer, model.parameters(), lr), EMA(model, ema_decay, warmup=True)
+    log, generator = LossLog(max(1, steps // 100), label, device), torch.Generator(device)
+    if state is not None:
+        start = restore(state, model, ema, opt, log)
+    bar = tqdm(range(start, steps), desc=label, unit="step", mininterval=0.5, leave=False, disable=None)
+    for step in bar:
+        x0, t, noise = batch_at(images, step, seed, batch, flip, diffusion.T, generator)
+        for group in opt.param_groups:
+            group["lr"] = learning_rate(step, steps, lr, lr_schedule, warmup)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = diffusion.loss(model, x0.contiguous(memory_format=torch.channels_last), t, noise)
+        loss.backward()
+        if after_backward is None or not after_backward(step, model):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            opt.step()
+        opt.zero_grad()
+        if after_step is not None:
+            after_step(step, model, opt)
+        ema.update(model)
+        log.add(step, loss, last=step + 1 == steps)
+        if log.count == 0:
+            bar.set_postfix(loss=f"{log.means[-1][1]:.4f}")
+        if checkpoint is not None:
+            checkpoint(lambda: capture(step + 1, model, ema, opt, log))
+    return ema, log.means
+
+
+# ------------------------------------------------------------------------------- command line, device, defaults
+
+# What each data set is trained with unless flags say otherwise: sized for two CPU cores, but for `--preset paper`.
+DEFAULTS = {
+    "digits": dict(preset="tiny", steps=400, batch=64, lr=2e-3, ema=0.99, samples=1000),
+    "mnist": dict(preset="mnist", steps=2000, batch=64, lr=2e-3, ema=0.995, samples=1000),
+    "fashion": dict(preset="mnist", steps=2000, batch=64, lr=2e-3, ema=0.995, samples=1000),
+    "cifar10": dict(preset="cifar", steps=4000, batch=64, lr=1e-3, ema=0.999, samples=1000),
+    "cifar100": dict(preset="cifar", steps=4000, batch=64, lr=1e-3, ema=0.999, samples=1000),
+}
+
+
+def add_training_flags(parser):
+    """The flags that say what is trained, on what and how long; a value of None means the data set's default."""
+    add = parser.add_argument
+    add("--dataset", choices=list(DATASETS), default="digits", help="what to learn (default: digits, no download)")
+    add("--preset", choices=list(PRESETS), help="which U-Net (default: by data set)")
+    add("--steps", type=positive_int, help="training steps of a dense run")
+    add("--batch", type=positive_int, help="images a step")
+    add("--lr", type=positive_float, help="peak learning rate")
+    add("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up (default: cosine)")
+    add("--optimizer", choices=["adam", "sgd"], default="adam", help="default: adam")
+    add("--ema", type=fraction, help="decay of the averaged weights that are sampled")
+    add("--schedule", choices=["linear", "cosine"], default="linear", help="noise schedule (default: linear)")
+    add("--samples", type=positive_int, metavar="N", help="images to draw for every measurement")
+    add("--sampler", choices=["ddpm", "ddim", "dpm"], default="ddim", help="default: ddim")
+    add("--nfe", type=positive_int, default=50, help="network evaluations a sample (default: 50)")
+    add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has units for it")
+    add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="data files (default: $LTH_DATA or data)")
+    add("--out", help="folder of the results (default: runs/...)")
+
+
+def fill_defaults(args):
+    """Replace every None that DEFAULTS knows by the data set's value."""
+    for name, value in DEFAULTS[args.dataset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def positive_int(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def positive_float(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def pick_device(name):
+    """(torch.device, reason). Raises ValueError when the device asked for is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        kind = next(kind for kind, is_there in there.items() if is_there)
+        found = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads"
+        return torch.device(kind), f"the best that is here: {found}"
+    if not there.get(name.split(":")[0]):
+        raise ValueError(f"--device {name}: not here; this machine has {', '.join(k for k, ok in there.items() if ok)}")
+    return torch.device(name), "as asked"
+
+
+def pick_precision(name, device):
+    """("fp32" or "bf16", reason). auto takes bf16 where the hardware multiplies matrices in it."""
+    if name != "auto":
+        return name, "as asked"
+    if device.type == "cuda":
+        has = torch.cuda.get_device_capability(device) >= (8, 0)
+        return ("bf16", "tensor cores have it") if has else ("fp32", "this GPU has no bf16 units")
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        has = [unit for unit in ("amx_bf16", "avx512_bf16") if capabilities.get(unit)]
+        return ("bf16", f"this CPU has {has[0]}") if has else ("fp32", "this CPU has no bf16 units")
+    return "fp32", f"{device.type} is trained in fp32 here"
+
+
+def denoiser(model, precision):
+    """`model` as a callable for sampling and validation: eval mode, autocast where precision is bf16."""
+    model.eval()
+
+    @torch.inference_mode()
+    def predict(x, t):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return model(x.contiguous(memory_format=torch.channels_last), t)
+    return predict
+
+
+def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=50, batch=256, label="sample"):
+    """uint8 images (N, C, H, W) on the CPU from noise x_T (N, C, H, W), batch by batch; stochastic samplers
+    take their noise from a generator with seed 0, so that every model meets the same noise."""
+    predict, done = denoiser(model, precision), []
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
+    for part in tqdm(x_T.split(batch), desc=label, unit="batch", leave=False, disable=None):
+        x = sample(predict, diffusion, part.to(device), sampler, steps, generator=generator)
+        done.append(to_uint8(x).cpu())
+    return torch.cat(done)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Train one dense DDPM and draw a grid of samples.")
+    add_training_flags(parser)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    fill_defaults(args)
+    out = args.out or f"runs/ddpm_{args.dataset}"
+    try:
+        os.makedirs(out, exist_ok=True)
+        device, why = pick_device(args.device)
+        precision, why_precision = pick_precision(args.precision, device)
+        images, _ = load_images(args.dataset, args.data_dir)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    torch.manual_seed(args.seed)
+    model = UNet(images.shape[1], image_size=images.shape[-1], **PRESETS[args.preset]).to(device)
+    diffusion = Diffusion(schedule=args.schedule)
+    print(f"{args.dataset}: {len(images):,} images {tuple(images.shape[1:])} | U-Net {args.preset}: "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters\n{device} ({why}), {precision} ({why_precision})")
+    start = time.monotonic()
+    ema, losses = train(model, diffusion, images.to(device), steps=args.steps, batch=args.batch, lr=args.lr,
+                        lr_schedule=args.lr_schedule, optimizer=args.optimizer, ema_decay=args.ema,
+                        flip=args.dataset.startswith("cifar"), seed=args.seed, precision=precision)
+    trained = time.monotonic()
+    x_T = torch.randn(100, *images.shape[1:], generator=torch.Generator().manual_seed(args.seed))
+    drawn = draw_samples(ema.model, diffusion, x_T, precision, args.sampler, args.nfe)
+    save_grid(drawn, f"{out}/samples.png")
+    torch.save(dict(config=model.config, model=model.state_dict(), ema=ema.model.state_dict()), f"{out}/model.pt")
+    print(f"trained {args.steps} steps in {trained - start:.0f} s, loss {losses[-1][1]:.4f}; drew {len(drawn)} images "
+          f"in {time.monotonic() - trained:.0f} s: {out}/samples.png, {out}/model.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,948 @@
+"""The lottery ticket hypothesis on a diffusion model: train, prune, rewind, repeat; measure; tell what happened.
+
+    python lth_diffusion.py                                   # drawn digits, no download: minutes on a laptop
+    python lth_diffusion.py --dataset mnist --rounds 10       # the main job
+    python lth_diffusion.py --dataset mnist --seeds 0 1 2     # three seeds: a verdict
+    python lth_diffusion.py --dataset cifar10 --preset paper  # Ho et al.'s network: bring a GPU
+
+Running a command again goes on where it stopped. Results land in --out: results.csv, log.jsonl, config.json,
+the pictures, and every run's weights and ticket.
+"""
+import argparse
+import contextlib
+import csv
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import scipy
+import torch
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+import metrics
+from ddpm import (Diffusion, add_training_flags, atomic, denoiser, draw_samples, fill_defaults, fraction,
+                  load_images, pick_device, pick_precision, positive_int, to_float, train)
+from prune import (dense_masks, live_counts, mask_hooks, pack_masks, prunable, prune_magnitude, random_masks, rewind,
+                   save_ticket, unpack_masks)
+from unet import PRESETS, UNet
+
+FORMAT = 1  # of the state files; a file of another version is refused
+ARMS = ("rewind", "reinit", "random", "finetune")
+VAL_IMAGES = 2000  # held-out images behind val_loss, each with one fixed t and noise
+EVAL_SEED = 1234  # of x_T and of val_loss's t and noise: the same for every ticket of every seed
+MARGIN = 0.10  # of dense: how much worse a ticket may be and still count as its equal; fixed before the runs
+REINIT_SEED = 500_000  # added to the seed for the control's new initialisation and for shuffled masks
+FINETUNE_LR = 0.1  # `finetune` trains on at this share of --lr: the schedules end at or near 0
+COLUMNS = ("seed round arm sparsity live_weights total_weights fid_domain n_samples val_loss train_loss steps "
+           "macs_dense macs_live ticket_bytes train_seconds seconds_per_1000 train_memory sample_memory").split()
+
+
+class Job(NamedTuple):
+    """One training run: arm `arm` of round `round` with seed `seed`. Round 0 holds the dense net and its twin."""
+    seed: int
+    round: int
+    arm: str
+
+    def __str__(self):
+        return f"seed {self.seed} round {self.round} {self.arm}"
+
+    def path(self, out, ending=".pt"):
+        return os.path.join(out, f"seed{self.seed}", f"round{self.round:02d}_{self.arm}{ending}")
+
+
+# -------------------------------------------------------------------------------------------- command line
+
+def parse_args(argv=None):
+    """Flags, checked and completed; a mistake ends in one line and exit code 2."""
+    parser = argparse.ArgumentParser(description="Iterative magnitude pruning with rewinding of a U-Net DDPM.")
+    add_training_flags(parser)
+    add = parser.add_argument
+    add("--rounds", type=positive_int, default=10, help="prune-and-retrain rounds (default: 10)")
+    add("--prune-rate", type=fraction, default=0.2, help="share of the live weights cut a round (default: 0.2)")
+    add("--final-sparsity", type=fraction, help="choose the rate instead so that the last round ends here")
+    add("--scope", choices=["global", "layer"], default="global", help="rank over the network or in each layer")
+    add("--arms", nargs="+", choices=ARMS, default=["rewind", "reinit", "random"], help="how a ticket restarts")
+    add("--control-rounds", nargs="+", type=positive_int, metavar="R", help="rounds of the other arms (default: last)")
+    add("--rewind", type=fraction, default=0.05, help="rewind to this share of the steps; 0 = the original hypothesis")
+    add("--seeds", nargs="+", type=int, default=[0], help="3 or more give a verdict (default: 0)")
+    args = parser.parse_args(argv)
+    fill_defaults(args)
+    if args.final_sparsity is not None:
+        args.prune_rate = 1 - (1 - args.final_sparsity) ** (1 / args.rounds)
+    if not 0 < args.prune_rate:
+        parser.error("argument --prune-rate: 0 prunes nothing")
+    args.control_rounds = sorted(set(args.control_rounds or [args.rounds]))
+    if args.control_rounds[-1] > args.rounds:
+        parser.error(f"argument --control-rounds: {args.control_rounds[-1]} is beyond --rounds {args.rounds}")
+    if "rewind" not in args.arms:
+        parser.error("argument --arms: rewind makes the tickets that the other arms restart; add it")
+    if min(args.seeds) < 0 or max(args.seeds) > 4000 or len(set(args.seeds)) < len(args.seeds):
+        parser.error("argument --seeds: different whole numbers from 0 to 4000, please")
+    args.out = args.out or f"runs/{args.dataset}"
+    return args, parser
+
+
+def plan(args):
+    """Every job, in the order in which they can be done."""
+    jobs = []
+    for seed in args.seeds:
+        jobs += [Job(seed, 0, "dense"), Job(seed, 0, "twin")]
+        for round in range(1, args.rounds + 1):
+            jobs.append(Job(seed, round, "rewind"))
+            if round in args.control_rounds:
+                jobs += [Job(seed, round, arm) for arm in args.arms if arm != "rewind"]
+    return jobs
+
+
+# ------------------------------------------------------------------------------------------ the experiment
+
+class Experiment:
+    """What all jobs share: data, noise schedule, the ruler, device and precision."""
+
+    def __init__(self, args):
+        self.args = args
+        self.device, self.why_device = pick_device(args.device)
+        self.precision, self.why_precision = pick_precision(args.precision, self.device)
+        (self.images, labels), (self.test, _) = (load_images(args.dataset, args.data_dir, s) for s in ("train", "test"))
+        self.diffusion = Diffusion(schedule=args.schedule)
+        self.classifier = metrics.load_classifier(args.dataset, self.images, labels)
+        self.reference = metrics.reference_statistics(self.classifier, self.images, args.dataset)
+        self.floor = metrics.floor(self.classifier, self.images, self.test, min(args.samples, len(self.test)),
+                                   args.dataset)
+        self.images = self.images.to(self.device)
+        self.k = round(args.rewind * args.steps)  # the step that tickets are rewound to
+
+    def new_model(self, seed):
+        """A U-Net as seed initialises it; the caller's random state is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = UNet(self.images.shape[1], image_size=self.images.shape[-1], **PRESETS[self.args.preset])
+        return model.to(self.device)
+
+    def x_T(self, n):
+        """The starting noise (n, C, H, W) that every model is sampled from."""
+        return torch.randn(n, *self.images.shape[1:], generator=torch.Generator().manual_seed(EVAL_SEED))
+
+    def load(self, job):
+        """The finished state of a job."""
+        return load_state(job.path(self.args.out))
+
+    def parent(self, job):
+        """The run whose trained weights decide the masks of this job's round."""
+        return Job(job.seed, job.round - 1, "rewind" if job.round > 1 else "dense")
+
+    def find_masks(self, job):
+        """The ticket of this round, from the weights that the round before ended with."""
+        before = self.load(self.parent(job))
+        model = self.new_model(job.seed)
+        model.load_state_dict(before["model"])
+        masks = prune_magnitude(model, unpack_masks(model, before["masks"]), self.args.prune_rate, self.args.scope)
+        if job.arm == "random":
+            generator = torch.Generator().manual_seed(REINIT_SEED + 1000 * job.round + job.seed)
+            masks = random_masks(masks, generator)
+        return masks
+
+    def start(self, job):
+        """(model, masks, first step, changed training options): how this arm restarts, protocol line 4."""
+        if job.arm == "dense":
+            model = self.new_model(job.seed)
+            return model, dense_masks(model), 0, {}
+        if job.arm == "reinit":
+            model, masks = self.new_model(REINIT_SEED + job.seed), self.find_masks(job)
+            rewind(model, masks, model.state_dict())
+            return model, masks, 0, {}
+        model = self.new_model(job.seed)
+        masks = dense_masks(model) if job.arm == "twin" else self.find_masks(job)
+        if job.arm == "finetune":
+            rewind(model, masks, self.load(self.parent(job))["model"])
+            return model, masks, self.k, dict(lr=FINETUNE_LR * self.args.lr, lr_schedule="constant", warmup=0)
+        rewind(model, masks, load_state(theta_path(self.args.out, job.seed))["model"])
+        return model, masks, self.k, {}
+
+    def options(self, job, **changed):
+        """Keyword arguments of ddpm.train: arms of one seed share them, and so their batches, t and noise."""
+        a = self.args
+        return dict(steps=a.steps, batch=a.batch, lr=a.lr, lr_schedule=a.lr_schedule, optimizer=a.optimizer,
+                    ema_decay=a.ema, flip=a.dataset.startswith("cifar"), seed=job.seed, precision=self.precision,
+                    warmup=max(1, a.steps // 20), label=str(job)) | changed
+
+    def train(self, job, guard):
+        """Train one job, going on from its partial state if there is one: (model, ema, masks, losses, seconds)."""
+        partial = job.path(self.args.out, ".partial.pt")
+        model, masks, start, changed = self.start(job)
+        state = load_state(partial) if os.path.exists(partial) else None
+        hooks = mask_hooks(model, masks) if job.arm not in ("dense", "twin") else {}
+        if job.arm == "dense":
+            hooks["after_step"] = self.keep_theta(job, model)
+        before, began = (state["seconds"] if state else 0.0), time.monotonic()
+
+        def save(state):
+            save_state(partial, state | dict(seconds=before + time.monotonic() - began))
+        with guard.training(save):
+            ema, losses = train(model, self.diffusion, self.images, start=start, state=state, checkpoint=guard,
+                                **self.options(job, **changed), **hooks)
+        return model, ema.model, masks, losses, before + time.monotonic() - began
+
+    def keep_theta(self, job, model):
+        """A hook that saves theta_k, once, in the dense run; theta_0 is saved at once."""
+        path = theta_path(self.args.out, job.seed)
+        if self.k == 0:
+            save_state(path, dict(model=model.state_dict()))
+
+        def after_step(step, model, optimizer):
+            if step + 1 == self.k:
+                save_state(path, dict(model=model.state_dict()))
+        return after_step
+
+    def evaluate(self, job, model, masks):
+        """The quality and cost columns of one trained model (the EMA), and its first samples as pictures."""
+        a, shape = self.args, self.images.shape[1:]
+        with metrics.PeakMemory(self.device) as memory:
+            began = time.monotonic()
+            samples = draw_samples(model, self.diffusion, self.x_T(a.samples), self.precision, a.sampler, a.nfe,
+                                   label=f"{job}: sample")
+            seconds = time.monotonic() - began
+        feats = metrics.features(self.classifier, samples)
+        macs = metrics.count_macs(model, torch.zeros(1, *shape, device=self.device),
+                                  torch.zeros(1, dtype=torch.int64, device=self.device), masks)
+        ticket = job.path(a.out, ".ticket")
+        with atomic(ticket) as temporary:
+            save_ticket(temporary, model, masks)
+        return samples[:16], dict(
+            fid_domain=metrics.frechet_distance(*metrics.statistics(feats), *self.reference), n_samples=a.samples,
+            val_loss=self.val_loss(model), macs_dense=sum(d for d, _ in macs.values()),
+            macs_live=sum(live for _, live in macs.values()), ticket_bytes=os.path.getsize(ticket),
+            seconds_per_1000=1000 * seconds / a.samples, sample_memory=memory.bytes)
+
+    def val_loss(self, model):
+        """Held-out mean squared error on eps at fixed t (spread evenly) and noise: paired across tickets."""
+        predict, generator = denoiser(model, self.precision), torch.Generator().manual_seed(EVAL_SEED)
+        x0 = to_float(self.test[:VAL_IMAGES])
+        t = torch.linspace(0, self.diffusion.T - 1, len(x0)).round().long()
+        noise = torch.randn(x0.shape, generator=generator)
+        parts = zip(*(v.to(self.device).split(250) for v in (x0, t, noise)))
+        return sum(self.diffusion.loss(predict, *part).item() * len(part[0]) for part in parts) / len(x0)
+
+    def run(self, job, guard):
+        """Do one job from start to its saved state; return its row of the table."""
+        with metrics.PeakMemory(self.device) as memory:
+            model, ema, masks, losses, seconds = self.train(job, guard)
+        live, total = sum(live_counts(masks).values()), sum(m.numel() for m in masks.values())
+        row = dict(seed=job.seed, round=job.round, arm=job.arm, sparsity=1 - live / total, live_weights=live,
+                   total_weights=total, train_loss=losses[-1][1], train_seconds=seconds, train_memory=memory.bytes,
+                   steps=self.args.steps - (0 if job.arm in ("dense", "reinit") else self.k))
+        pictures, measured = self.evaluate(job, ema, masks)
+        row |= measured
+        save_state(job.path(self.args.out), dict(model=model.state_dict(), ema=ema.state_dict(), losses=losses,
+                                                 masks=pack_masks(masks), row=row, pictures=pictures))
+        return row
+
+
+class Guard:
+    """Decides when a training state is saved: every minute, and at once when Ctrl-C or the system says stop."""
+    EVERY = 60.0  # seconds
+
+    def __init__(self):
+        self.save, self.stop, self.last = None, False, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.save is None or self.stop:  # nothing to save, or asked twice
+            raise KeyboardInterrupt
+        self.stop = True
+
+    @contextlib.contextmanager
+    def training(self, save):
+        self.save, self.last = save, time.monotonic()
+        try:
+            yield
+        finally:
+            self.save = None
+
+    def __call__(self, get_state):
+        if self.stop or time.monotonic() - self.last > self.EVERY:
+            self.save(get_state())
+            self.last = time.monotonic()
+        if self.stop:
+            raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------ files of a run
+
+def theta_path(out, seed):
+    return os.path.join(out, f"seed{seed}", "theta_k.pt")
+
+
+def save_state(path, state):
+    """Write a state file in one piece or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with atomic(path) as temporary:
+        torch.save(dict(format=FORMAT, **state), temporary)
+
+
+def load_state(path):
+    """A dict that save_state wrote. Raises OSError naming a file that is damaged or of another version."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        version = state["format"]
+    except FileNotFoundError:
+        raise OSError(f"{path} is missing, though later runs build on it; use a new --out")
+    except Exception as error:  # a damaged file fails in a dozen ways
+        raise OSError(f"{path} is damaged ({type(error).__name__}); delete it and run again")
+    if version != FORMAT:
+        raise OSError(f"{path} was written by another version (format {version}, not {FORMAT}); use a new --out")
+    return state
+
+
+FREE = ("device", "precision", "data_dir", "out")  # flags that may differ when a run is taken up again
+
+
+def check_config(args, parser):
+    """Refuse to mix two experiments in one folder; name the flag that differs."""
+    path, now = os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k not in FREE}
+    if os.path.exists(path):
+        try:
+            with open(path) as file:
+                then = json.load(file)["args"]
+        except (ValueError, KeyError):
+            parser.error(f"{path} is damaged; delete the folder or choose another --out")
+        for name in now:
+            if then.get(name) != now[name]:
+                parser.error(f"argument --{name.replace('_', '-')}: {args.out} was made with {then.get(name)}, not "
+                             f"{now[name]}; choose another --out, or the same flags to go on")
+    return now
+
+
+def provenance(exp, command):
+    """Where figures come from: command, commit, machine, package versions, hashes of data and ruler."""
+    commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
+                             "--dirty", "--abbrev=12"], capture_output=True, text=True).stdout.strip() or None
+    return dict(command=command, commit=commit, device=str(exp.device), precision=exp.precision,
+                processor=processor_name(exp.device), threads=torch.get_num_threads(),
+                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+                              scipy=scipy.__version__, pillow=PIL.__version__),
+                data_hash=metrics.images_hash(exp.images.cpu()), classifier_hash=metrics.weights_hash(exp.classifier),
+                primary_metric="fid_domain", margin=MARGIN, floor=exp.floor)
+
+
+def processor_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+
+
+def read_rows(args):
+    """{job: row} of the jobs that are done, from their state files."""
+    return {job: load_state(job.path(args.out))["row"] for job in plan(args) if os.path.exists(job.path(args.out))}
+
+
+def write_results(args, rows):
+    """results.csv, a line a job, in the order of the plan."""
+    with atomic(os.path.join(args.out, "results.csv")) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows[job] for job in plan(args) if job in rows)
+
+
+# ----------------------------------------------------------------------------------- what is said and shown
+
+def announce(exp, jobs, rows):
+    """Print device and why, model, plan, and how long it will take here; return seconds a job, by arm."""
+    a, model = exp.args, exp.new_model(0)
+    weights, total = sum(p.numel() for p in prunable(model).values()), sum(p.numel() for p in model.parameters())
+    step, network = time_step(exp, model), time_network(exp, model)
+    share = 1 - exp.k / a.steps
+    cost = {arm: a.steps * step * (1 if arm in ("dense", "reinit") else share) + (a.samples * a.nfe + VAL_IMAGES) * network
+            for arm in ("dense", "twin", *ARMS)}
+    left = sum(cost[job.arm] for job in jobs if job not in rows)
+    print(f"device     {exp.device} ({exp.why_device}), {exp.precision} ({exp.why_precision})\n"
+          f"data       {a.dataset}: {len(exp.images):,} training and {len(exp.test):,} test images; domain classifier "
+          f"{metrics.weights_hash(exp.classifier)}, floor {exp.floor:.2f} at n={min(a.samples, len(exp.test)):,}\n"
+          f"model      U-Net {a.preset}: {total:,} parameters, {weights:,} of them prunable\n"
+          f"plan       seeds {a.seeds}; {a.rounds} rounds of -{100 * a.prune_rate:.1f} % ({a.scope}), down to "
+          f"{100 * (1 - a.prune_rate) ** a.rounds:.1f} % of the weights; rewind to step {exp.k} of {a.steps}\n"
+          f"           {len(jobs)} runs, {len(rows)} of them done; about {clock(left)} to go here "
+          f"({step:.3f} s a step of {a.batch})", flush=True)
+    return cost
+
+
+def time_step(exp, model, repeats=5):
+    """Median seconds of a training step, after two to warm up."""
+    marks = []
+    train(model, exp.diffusion, exp.images, after_step=lambda *_: marks.append(time.monotonic()),
+          **exp.options(Job(0, 0, "dense"), steps=repeats + 2, label="timing"))
+    return float(np.median(np.diff(marks)[1:]))
+
+
+def time_network(exp, model, batch=256, repeats=3):
+    """Median seconds of one network evaluation of one image in a sampling batch."""
+    predict, x = denoiser(model, exp.precision), exp.x_T(batch).to(exp.device)
+    t = torch.zeros(batch, dtype=torch.int64, device=exp.device)
+    return metrics.seconds_per_1000(lambda: predict(x, t), batch, repeats=repeats, device=exp.device) / 1000
+
+
+def clock(seconds):
+    """3 min, 1 h 05 min."""
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+def summarise(rows):
+    """The table at the end: a line for every round and arm, mean and standard deviation over seeds."""
+    groups = {}
+    for row in rows.values():
+        groups.setdefault((row["round"], row["arm"]), []).append(row)
+    table = []
+    for (round, arm), group in groups.items():
+        def spread(name, form="{:.2f}"):
+            values = [row[name] for row in group]
+            deviation = f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else ""
+            return form.format(np.mean(values)) + deviation
+        one = group[0]
+        table.append([round, arm, f"{100 * one['sparsity']:.1f} %", f"{one['live_weights']:,}", len(group),
+                      spread("fid_domain"), spread("val_loss", "{:.4f}"), f"{one['macs_live'] / 1e6:.1f}",
+                      f"{one['ticket_bytes'] / 1e3:,.0f}", f"{np.mean([r['train_seconds'] for r in group]):.0f}",
+                      f"{np.mean([r['seconds_per_1000'] for r in group]):.1f}"])
+    header = ["round", "arm", "pruned", "live weights", "seeds", "fid_domain", "val_loss", "live MMACs", "ticket kB",
+              "train s", "s/1000"]
+    return header, table
+
+
+def conclude(exp, rows):
+    """One sentence a control round: the verdict, or without three seeds the figures and 'no verdict'."""
+    a, said, tables = exp.args, [], {}
+    if {"reinit", "random"} <= set(a.arms):
+        for round in a.control_rounds:
+            arms = dict(dense=(0, "dense"), ticket=(round, "rewind"), reinit=(round, "reinit"), random=(round, "random"))
+            tables[round] = {name: {job.seed: row["fid_domain"] for job, row in rows.items() if job[1:] == key}
+                             for name, key in arms.items()}
+    for round, verdict in metrics.verdicts(tables, margin=MARGIN).items():
+        means = {name: np.mean(list(values.values())) for name, values in tables[round].items() if values}
+        if len(means) == 4:
+            pruned = 100 * (1 - (1 - a.prune_rate) ** round)
+            said.append(f"At {pruned:.1f} % sparsity fid_domain is " + ", ".join(
+                f"{name} {value:.1f}" for name, value in means.items()) + f" (floor {exp.floor:.1f}); {verdict}.")
+    if a.samples < 10_000:
+        said.append(f"{a.samples:,} samples a figure: not comparable with papers, only within this table.")
+    return "\n".join(said)
+
+
+def draw_everything(exp, rows):
+    """The pictures of a run, from its state files: samples, quality, layers, loss curves."""
+    a, seed = exp.args, exp.args.seeds[0]
+    states = {job: exp.load(job) for job in rows if job.seed == seed}
+    note = (f"{a.dataset}, U-Net {a.preset}, {a.steps:,} steps of {a.batch}, rewind to step {exp.k}; "
+            f"{a.sampler} with {a.nfe} network evaluations; n={a.samples:,} samples; seeds {a.seeds}.")
+    tiles = [(f"{job.arm}\n{100 * rows[job]['sparsity']:.1f} % pruned\nfid {rows[job]['fid_domain']:.1f}",
+              state["pictures"][:12]) for job, state in states.items()]
+    sample_rows(tiles, os.path.join(a.out, "samples_by_sparsity.png"), "The same starting noise at every sparsity",
+                f"Columns share x_T. fid: fid_domain. Seed {seed}. {note}")
+    draw_quality(exp, rows, note)
+    chain = [job for job in states if job.arm in ("dense", "rewind")]
+    names = list(prunable(exp.new_model(seed)))
+    densities = {job: {n: float(m.float().mean()) for n, m in
+                       unpack_masks(exp.new_model(seed), states[job]["masks"]).items()} for job in chain}
+    heat_map([[densities[job][name] for job in chain] for name in names], [n.removesuffix(".weight") for n in names],
+             [str(job.round) for job in chain], os.path.join(a.out, "layers.png"),
+             "Where the ticket lives: density of every layer by round", f"Seed {seed}. {note}", log=True,
+             x_label="round", bar_label="live / all")
+    line_chart([dict(label=f"{job.arm} {100 * (1 - rows[job]['sparsity']):.0f} %", x=[s for s, _ in state["losses"]],
+                     y=[loss for _, loss in state["losses"]],
+                     style="solid" if job.arm in ("dense", "rewind") else "dashed")
+                for job, state in states.items() if job.round in (0, *a.control_rounds)],
+               os.path.join(a.out, "losses.png"), "Training loss", "step", "mean squared error on eps (log scale)",
+               log_y=True, note=f"Percentages: live weights. Means over windows of 1 % of the steps. Seed {seed}. {note}")
+
+
+def draw_quality(exp, rows, note):
+    """fid_domain against sparsity: arms as lines, dense dashed, floor dotted, seeds as dots."""
+    a, series = exp.args, []
+    levels = [("dense", float(np.mean([r["fid_domain"] for j, r in rows.items() if j.arm == "dense"])), "dashed"),
+              (f"floor: {min(a.samples, len(exp.test)):,} test images", exp.floor, "dotted")]
+    labels = {"twin": "dense, rewound (twin)", "rewind": "ticket (rewind)", "reinit": "same mask, new init",
+              "random": "shuffled mask", "finetune": "same mask, fine-tuned"}
+    for arm in ("rewind", "twin", *[x for x in a.arms if x != "rewind"]):
+        by_round = {}
+        for job, row in rows.items():
+            if job.arm == arm:
+                by_round.setdefault(job.round, []).append(row["fid_domain"])
+        if by_round:
+            means, n = [np.mean(v) for v in by_round.values()], max(map(len, by_round.values()))
+            spread = [np.std(v, ddof=1) if len(v) > 1 else np.nan for v in by_round.values()]
+            series.append(dict(label=labels[arm], x=list(by_round), y=means, dots=list(by_round.values()) if n > 1 else [],
+                               y_low=np.subtract(means, spread), y_high=np.add(means, spread),
+                               style="solid" if arm == "rewind" else "points"))
+    ticks = [(r, f"{100 * (1 - (1 - a.prune_rate) ** r):.0f} %") for r in range(a.rounds + 1)]
+    line_chart(series, os.path.join(a.out, "quality_vs_sparsity.png"), "Quality of tickets and controls by sparsity",
+               "weights pruned", "fid_domain (lower is better)", hlines=levels, x_ticks=ticks,
+               note=f"{note} Bars: standard deviation over seeds.")
+
+
+# --------------------------------------------------------------------------- pictures, drawn with Pillow alone
+
+DRAW, SHRINK = 4, 2     # 4 drawn pixels a unit, averaged 2 by 2: smooth edges, sharp when shown at half size
+WIDTH = 900             # units, the width of a README column
+INK, MUTED, RULE, EMPTY = "#222222", "#5c5c5c", "#e4e4e4", "#dcdcdc"
+PALETTE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444"     # Okabe and Ito
+SHAPES = "circle", "square", "diamond", "triangle"      # so that colour is never the only difference
+DASHES = {"solid": None, "points": None, "dashed": (8, 5), "dotted": (2, 4)}
+VIRIDIS = np.array([(68, 1, 84), (71, 44, 122), (59, 82, 139), (44, 113, 142), (33, 145, 140),
+                    (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37)])
+PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "≈": "~",
+                       "é": "e", "²": "^2", "•": "·"})   # Pillow's own font has ASCII and little else
+
+
+def _font(size):
+    return ImageFont.load_default(size * DRAW)
+
+
+def _width(text, size):
+    return max(_font(size).getlength(line.translate(PLAIN)) for line in str(text).split("\n")) / DRAW
+
+
+def _height(text, size):
+    return 1.3 * size * (str(text).count("\n") + 1) if text else 0
+
+
+def _wrap(text, size, width):
+    """The text with line breaks that keep it within width units; a word wider than that is cut."""
+    lines = []
+    for paragraph in str(text).split("\n"):
+        lines.append("")
+        for word in paragraph.split():
+            if lines[-1] and _width(f"{lines[-1]} {word}", size) > width:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+            while _width(lines[-1], size) > width and len(lines[-1]) > 1:
+                word = lines.pop()
+                cut = max(n for n in range(1, len(word)) if n == 1 or _width(word[:n], size) <= width)
+                lines += [word[:cut], word[cut:]]
+    return "\n".join(lines)
+
+
+def _shorten(text, size, width):
+    """The text without its middle where it is too wide: layer names differ at both ends."""
+    keep, short = len(str(text)), str(text)
+    while _width(short, size) > width and keep > 2:
+        keep -= 1
+        short = text[:(keep + 1) // 2] + "…" + text[len(text) - keep // 2:]
+    return short
+
+
+class _Page:
+    """White paper measured in units, with a title above and a note below the room asked for."""
+
+    def __init__(self, width, height, title, note):
+        title, note = _wrap(title, 19, width - 40), _wrap(note, 13, width - 40)
+        self.top = 16 + _height(title, 19) + (14 if title else 0)
+        bottom = self.top + height + (12 + _height(note, 13) if note else 0) + 16
+        self.image = Image.new("RGB", (math.ceil(width) * DRAW, math.ceil(bottom) * DRAW), "white")
+        self.pen = ImageDraw.Draw(self.image)
+        self.text(20, 16, title, 19, anchor="lt", bold=True)
+        self.text(20, self.top + height + 12, note, 13, MUTED, "lt")
+
+    def text(self, x, y, text, size=14, colour=INK, anchor="lm", bold=False):
+        """anchor: l, m or r, then t, m or b, of the whole block of lines."""
+        y -= _height(text, size) * {"t": 0, "m": 0.5, "b": 1}[anchor[1]]
+        for n, line in enumerate(str(text).translate(PLAIN).split("\n")):
+            spot = (x * DRAW, (y + size * (1.3 * n + 1)) * DRAW)    # baselines keep a row of labels level
+            self.pen.text(spot, line, colour, _font(size), anchor[0] + "s", stroke_width=int(bold))
+
+    def upright(self, x, y, text, size=14, anchor="mm"):
+        """One line of text that reads upwards."""
+        w, h = math.ceil(_width(text, size)) + 1, math.ceil(_height(text, size))
+        mask = Image.new("L", (w * DRAW, h * DRAW))
+        ImageDraw.Draw(mask).text((0, size * DRAW), str(text).translate(PLAIN), 255, _font(size), "ls")
+        x, y = x - h * {"l": 0, "m": 0.5, "r": 1}[anchor[0]], y - w * {"t": 0, "m": 0.5, "b": 1}[anchor[1]]
+        self.image.paste(INK, (round(x * DRAW), round(y * DRAW)), mask.transpose(Image.Transpose.ROTATE_90))
+
+    def line(self, points, colour, width=1.0, dash=None):
+        points = [(x * DRAW, y * DRAW) for x, y in points]
+        for piece in [points] if dash is None else _dashes(points, [d * DRAW for d in dash]):
+            self.pen.line(piece, colour, round(width * DRAW), joint="curve")
+
+    def box(self, x0, y0, x1, y1, fill):
+        x0, y0, x1, y1 = (round(v * DRAW) for v in (x0, y0, x1, y1))
+        self.pen.rectangle([x0, y0, x1 - 1, y1 - 1], fill)
+
+    def marker(self, x, y, shape, colour, radius=4.5, rim=1.2):
+        corners = {"square": [(-.9, -.9), (.9, -.9), (.9, .9), (-.9, .9)],
+                   "diamond": [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
+                   "triangle": [(0, -1.2), (1.15, .85), (-1.15, .85)],
+                   "circle": [(math.cos(a), math.sin(a)) for a in np.linspace(0, math.tau, 33)]}[shape]
+        for r, fill in ((radius + rim, "white"), (radius, colour)):   # the rim parts it from what is below
+            self.pen.polygon([((x + r * u) * DRAW, (y + r * v) * DRAW) for u, v in corners], fill)
+
+    def save(self, path, colours=256):
+        """colours = None keeps them all; 256 make a chart's file several times smaller."""
+        image = self.image.reduce(DRAW // SHRINK)
+        if colours:
+            image = image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        image.save(path, optimize=True)
+
+
+def _dashes(points, dash):
+    """The drawn pieces of a broken line; the pattern runs on around corners."""
+    pieces, piece, on, left = [], [points[0]], True, dash[0]
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        length, done = math.hypot(x1 - x0, y1 - y0), 0.0
+        while length - done > left:
+            done += left
+            piece.append((x0 + (x1 - x0) * done / length, y0 + (y1 - y0) * done / length))
+            pieces += [piece] if on else []
+            piece, on = piece[-1:], not on
+            left = dash[0 if on else 1]
+        left -= length - done
+        piece.append((x1, y1))
+    return pieces + ([piece] if on else [])
+
+
+class _Axis:
+    """Data -> units, linear or log10; what a log axis cannot show (zero) lies on its edge."""
+
+    def __init__(self, values, start, end, log=False, pad=0.06, from_zero=False):
+        values = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0, 10.0]
+        self.log, self.scale, self.start, self.end = log, math.log10 if log else float, start, end
+        # zero costs little room here, and shows true proportions
+        flush = from_zero and not log and 0 <= min(values) <= 0.4 * max(values) > 0
+        low, high = self.scale(0 if flush else min(values)), self.scale(max(values))
+        gap = pad * (high - low) if high > low else 0.2 if log else 0.1 * abs(low) or 1.0
+        self.low, self.high = low if flush else low - gap, high + gap
+        self.ticks = _ticks(*(10 ** v if log else v for v in (self.low, self.high)), log)
+
+    def __call__(self, value):
+        value = self.low if self.log and value <= 0 else self.scale(value)
+        return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
+
+
+def _ticks(low, high, log, most=7):
+    """At most about `most` pairs (value, label), at 1, 2 or 5 times a power of ten."""
+    if log and high / low > 5:
+        powers = [10.0 ** k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+        fine, coarse = ([m * p for p in powers for m in steps if low <= m * p * 1.000001 <= high * 1.000002]
+                        for steps in ((1, 2, 5), (1,)))
+        values = fine if len(fine) <= most + 1 else coarse[::math.ceil(len(coarse) / most)]
+        return [(v, _number(v, v)) for v in values]
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step *= next(m for m in (1, 2, 5, 10) if high - low <= most * m * step * 1.000001)
+    return [(k * step, _number(k * step, step))
+            for k in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
+
+
+def _number(value, step):
+    """A number as exact as its distance to the next tick."""
+    places = max(0, -math.floor(math.log10(step) + 1e-9))
+    return f"{value:.4g}" if places > 5 or abs(value) >= 1e7 else f"{value:,.{places}f}"
+
+
+def _numbers(values, log=False):
+    """Floats, NaN for whatever cannot be shown."""
+    values = [math.nan if v is None else float(v) for v in values]
+    return [v if math.isfinite(v) and (v > 0 or not log) else math.nan for v in values]
+
+
+def line_chart(series, path, title, x_label, y_label, hlines=(), log_x=False, log_y=False, x_ticks=None,
+               note="", height=380):
+    """Lines over x, each named beside its end.
+
+    series: dicts with label, x, y and, at will, y_low and y_high (error bars), dots (for each x a list of
+    single runs), style "solid", "dashed", "dotted" or "points", and colour. None and NaN leave a gap.
+    hlines: (label, value, style). x_ticks: (value, label) pairs; where labels would touch the later stays.
+    """
+    levels = [dict(label=label, x=[None], y=[value], style=style, colour="#555555", shape=None)
+              for label, value, style in hlines]
+    rows = [_row(s, n, log_x, log_y) for n, s in enumerate([*series, *levels])]
+    names = [_wrap(row["label"], 14, 0.24 * WIDTH) for row in rows]
+    heights = [_height(name, 14) + 6 for name in names]
+    height = max(height, sum(heights))
+    under = max((_height(label, 14) for _, label in x_ticks or [(0, "0")]), default=0) + 8
+    page = _Page(WIDTH, height + under + (24 if x_label else 0), title, note)
+    bottom = page.top + height
+    y_axis = _Axis([v for r in rows for v in r["y"] + r["low"] + r["high"] + sum(r["dots"], [])],
+                   bottom, page.top, log_y, from_zero=True)
+    left = 20 + (24 if y_label else 0) + max(_width(label, 14) for _, label in y_axis.ticks) + 8
+    right = WIDTH - 20 - (62 + max(_width(name, 14) for name in names) if names else 0)
+    xs = [x for row in rows for x in row["x"]] + [x for x, _ in x_ticks or []]
+    x_axis = _Axis(xs, left, right, log_x, pad=0.05)
+    x_axis.ticks = x_axis.ticks if x_ticks is None else x_ticks
+    _frame(page, x_axis, y_axis)
+    if not any(math.isfinite(v) for r in rows for v in r["y"]):
+        page.text((left + right) / 2, (page.top + bottom) / 2, "no data", 19, MUTED, "mm")
+    page.text((left + right) / 2, bottom + under + 12, _shorten(x_label, 14, right - left), 14, anchor="mm")
+    page.upright(30, (page.top + bottom) / 2, _shorten(y_label, 14, height), 14)
+    lonely = [row for row in rows if row["style"] == "points"]
+    for n, row in enumerate(lonely):    # they often share their only x, so they stand side by side
+        row["shift"] = min(18, 54 / len(lonely)) * (n - (len(lonely) - 1) / 2)
+    _legend(page, rows, names, heights, x_axis, y_axis)
+    for row in sorted(rows, key=lambda r: (r["shape"] is not None, r["style"] != "points")):
+        _draw(page, row, x_axis, y_axis)
+    page.save(path)
+
+
+def _row(s, n, log_x, log_y):
+    """One series with every entry filled in."""
+    y = _numbers(s["y"], log_y)
+    return dict(label=str(s["label"]), x=_numbers(s["x"], log_x), y=y, style=s.get("style", "solid"), shift=0,
+                colour=s.get("colour") or PALETTE[n % len(PALETTE)],
+                shape=s.get("shape", SHAPES[n % len(SHAPES)]),
+                low=_numbers(s.get("y_low", ())), high=_numbers(s.get("y_high", ())),
+                dots=[_numbers(d, log_y) for d in s.get("dots", ())],
+                marks=s.get("style") == "points" or sum(map(math.isfinite, y)) <= 40)   # not on a long curve
+
+
+def _frame(page, x_axis, y_axis):
+    """Grid, ticks and their labels."""
+    left, right, top, bottom = x_axis.start, x_axis.end, y_axis.end, y_axis.start
+    for value, label in y_axis.ticks:
+        page.line([(left, y_axis(value)), (right, y_axis(value))], RULE)
+        page.text(left - 8, y_axis(value), label, 14, MUTED, "rm")
+    free = math.inf
+    for value, label in sorted(x_axis.ticks, key=lambda tick: -tick[0]):
+        x, half = x_axis(value), _width(label, 14) / 2
+        page.line([(x, top), (x, bottom)], RULE)
+        if x + half + 8 <= free:
+            page.text(x, bottom + 7, label, 14, MUTED, "mt")
+            free = x - half
+    page.line([(left, bottom), (right, bottom)], "#888888", 1.25)
+
+
+def _draw(page, row, x_axis, y_axis):
+    """One series: error bars, the line in pieces between gaps, markers, and faint dots for single runs."""
+    colour, dash = row["colour"], DASHES[row["style"]]
+    if row["shape"] is None:    # a level, all the way across
+        if math.isfinite(row["y"][0]):
+            page.line([(x, y_axis(row["y"][0])) for x in (x_axis.start, x_axis.end)], colour, 1.75, dash)
+        return
+    spots = [(x_axis(x) + row["shift"], y_axis(y)) if math.isfinite(x + y) else None
+             for x, y in zip(row["x"], row["y"])]
+    for spot, low, high in zip(spots, row["low"], row["high"]):
+        if spot and math.isfinite(low + high):
+            x, a, b = spot[0], y_axis(low), y_axis(high)
+            for ends in (((x, a), (x, b)), ((x - 4, a), (x + 4, a)), ((x - 4, b), (x + 4, b))):
+                page.line(ends, colour, 1.5)
+    piece = []
+    for spot in spots + [None]:
+        piece += [spot] if spot else []
+        if not spot and piece:
+            if len(piece) > 1 and row["style"] != "points":
+                page.line(piece, colour, 2.25 if row["marks"] else 1.5, dash)
+            for x, y in piece if row["marks"] or len(piece) == 1 else ():
+                page.marker(x, y, row["shape"], colour)
+            piece = []
+    faint = tuple((c + 255) // 2 for c in ImageColor.getrgb(colour))
+    for x, values in zip(row["x"], row["dots"]):
+        for v in values:
+            if math.isfinite(x + v):
+                page.marker(x_axis(x) + row["shift"] + 9, y_axis(v), "circle", faint, 2.4, rim=0.5)
+
+
+def _legend(page, rows, names, heights, x_axis, y_axis):
+    """A sample of each line and its name, in the margin, as near to the line's end as the others allow."""
+    ends = []
+    for row in rows:
+        seen = [(math.inf if row["shape"] is None else x, y) for x, y in zip(row["x"], row["y"])
+                if math.isfinite(y) and (math.isfinite(x) or row["shape"] is None)]
+        ends.append((min(x_axis.end, x_axis(max(seen)[0])), y_axis(max(seen)[1])) if seen else (0, math.inf))
+    order = sorted(range(len(rows)), key=lambda n: ends[n][1])
+    wanted = [min(ends[n][1], y_axis.start) for n in order]
+    for n, y in zip(order, _spread(wanted, [heights[n] for n in order], y_axis.end, y_axis.start)):
+        row, (end_x, end_y), x = rows[n], ends[n], x_axis.end
+        if end_x > x - 60:      # from further away the lead would be taken for data
+            page.line([(end_x + row["shift"], end_y), (x + 2, end_y), (x + 14, y)], "#bbbbbb")
+        if row["style"] != "points":
+            page.line([(x + 18, y), (x + 52, y)], row["colour"], 2.25, DASHES[row["style"]])
+        if row["shape"] and row["marks"]:
+            page.marker(x + 35, y, row["shape"], row["colour"])
+        page.text(x + 60, y, names[n], 14, INK if math.isfinite(end_y) else MUTED)
+
+
+def _spread(wanted, heights, top, bottom):
+    """Centres near the wanted ones (in order), so that blocks of these heights do not overlap."""
+    if not wanted:
+        return []
+    offset = np.cumsum([0] + [(a + b) / 2 for a, b in zip(heights, heights[1:])])
+    free = np.array(wanted) - offset    # now "no overlap" is "never falls", reached from both ends
+    free = (np.maximum.accumulate(free) + np.minimum.accumulate(free[::-1])[::-1]) / 2
+    return np.clip(free, top + heights[0] / 2, bottom - heights[-1] / 2 - offset[-1]) + offset
+
+
+def sample_rows(rows, path, title, note=""):
+    """A grid of samples: a row is (label, uint8 [n,C,H,W]), a column one starting noise x_T.
+
+    A row whose array is None is a header over the rows that follow. Images grow by an integer, without blur.
+    """
+    grids = [None if images is None else np.asarray(images) for _, images in rows]
+    some = [g for g in grids if g is not None and len(g)]
+    n, side = max(map(len, some), default=1), max((max(g.shape[2:]) for g in some), default=28)
+    labels = [_wrap(label, 14, 0.24 * WIDTH if g is not None else 440) for (label, _), g in zip(rows, grids)]
+    left = 34 + max((_width(text, 14) for text, g in zip(labels, grids) if g is not None), default=0)
+    room = SHRINK * min((WIDTH - 17 - left) / n - 3, 84)
+    zoom = max(SHRINK, int(room // side))   # in pixels of the file
+    tile = side * zoom / SHRINK
+    heights = [_height(text, 15) + 18 if g is None else max(tile, _height(text, 14) + 6) + 3
+               for text, g in zip(labels, grids)]
+    page = _Page(max(480, left + n * (tile + 3) + 17), sum(heights), title, note)
+    y = page.top
+    for text, images, height in zip(labels, grids, heights):
+        if images is None:
+            page.line([(20, y + 6), (left + n * (tile + 3) - 3, y + 6)], "#bbbbbb")
+            page.text(20, y + 11, text, 15, anchor="lt", bold=True)
+        else:
+            page.text(left - 14, y + (height - 3) / 2, text, 14, anchor="rm")
+            for k, image in enumerate(images):
+                pixels = image.transpose(1, 2, 0)       # (H, W, C)
+                picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
+                grown = [v * zoom * DRAW // SHRINK for v in picture.size]
+                # on whole pixels of the file, or the final averaging would blur the edges
+                corner = left + k * (tile + 3), y + (height - 3 - tile) / 2
+                page.image.paste(picture.resize(grown, Image.Resampling.NEAREST),
+                                 [round(v * SHRINK) * DRAW // SHRINK for v in corner])
+        y += height
+    page.save(path, colours=None)
+
+
+def heat_map(matrix, row_labels, col_labels, path, title, note="", fmt="{:.2f}", log=False,
+             x_label="", bar_label=""):
+    """A matrix [rows][columns] in colours, with its values where they fit; None and NaN are grey."""
+    values = np.array([_numbers(row) for row in matrix]).reshape(len(row_labels), len(col_labels))
+    n, m = values.shape
+    cell_h, size = (24, 13) if n <= 25 else (20, 12) if n <= 45 else (17, 11)
+    names = [_shorten(str(label), size, 0.3 * WIDTH) for label in row_labels]
+    left = 28 + max((_width(name, size) for name in names), default=0)
+    cell_w = min(100, max(20, (WIDTH - left - 120) / max(m, 1)))
+    flat = all(_width(label, 13) <= cell_w - 4 for label in col_labels)
+    tops = [str(label) if flat else _shorten(str(label).replace("\n", " "), 13, 130) for label in col_labels]
+    extent = _height if flat else _width
+    head = 6 + max((extent(t, 13) for t in tops), default=0) + (20 if x_label else 0)
+    page = _Page(max(480, left + m * cell_w + 120), head + max(n * cell_h, 170), title, note)
+    top, right = page.top + head, left + m * cell_w
+    page.text((left + right) / 2, page.top + 8, x_label, 13, MUTED, "mm")
+    for j, text in enumerate(tops):
+        place = page.text if flat else page.upright
+        place(left + (j + 0.5) * cell_w, top - 5, text, 13, anchor="mb")
+    scale = _Axis(values.ravel().tolist(), 0, 1, log, pad=0)
+    texts = [[fmt.format(v) if math.isfinite(v) else "" for v in row] for row in values]
+    roomy = max((_width(t, size - 1) for row in texts for t in row), default=0) <= cell_w - 5
+    for i, name in enumerate(names):
+        y = top + i * cell_h
+        page.text(left - 8, y + cell_h / 2, name, size, anchor="rm")
+        for j, v in enumerate(values[i]):
+            colour = _viridis(scale(v)) if math.isfinite(v) else EMPTY
+            page.box(left + j * cell_w, y, left + (j + 1) * cell_w - 1, y + cell_h - 1, colour)
+            if roomy and texts[i][j]:
+                dark = np.dot(colour, (0.299, 0.587, 0.114)) < 108
+                page.text(left + (j + 0.5) * cell_w, y + cell_h / 2, texts[i][j], size - 1,
+                          "white" if dark else INK, "mm")
+    _colour_bar(page, scale, values, right + 20, top, min(240, max(n * cell_h, 140)), bar_label)
+    page.save(path)
+
+
+def _viridis(u):
+    """A colour whose lightness rises with u in [0, 1], the same for every kind of sight."""
+    return tuple(round(float(np.interp(u * 8, range(9), VIRIDIS[:, c]))) for c in range(3))
+
+
+def _colour_bar(page, scale, values, x, y, height, label):
+    if np.isfinite(values).any():
+        for k in range(round(height * SHRINK)):
+            page.box(x, y + k / SHRINK, x + 16, y + (k + 1) / SHRINK, _viridis(1 - k / SHRINK / height))
+        for value, text in scale.ticks:
+            level = y + height * (1 - scale(value))
+            page.line([(x + 16, level), (x + 20, level)], MUTED)
+            page.text(x + 24, level, text, 13, MUTED)
+        wide = max((_width(text, 13) for _, text in scale.ticks), default=0)
+        page.upright(x + 36 + wide, y + height / 2, _shorten(label, 13, height), 13)
+    if not np.isfinite(values).all():
+        page.box(x, y + height + 14, x + 16, y + height + 30, EMPTY)
+        page.text(x + 24, y + height + 22, "no value", 13, MUTED)
+
+
+def _cells(header, rows):
+    """Every cell as text, and for each column whether it holds numbers."""
+    def text(v):
+        missing = v is None or isinstance(v, (float, np.floating)) and math.isnan(v)
+        return "-" if missing else f"{v:.4g}" if isinstance(v, (float, np.floating)) else str(v)
+
+    def numeric(t):
+        return t in ("", "-") or t[0] in "+-−<~.0123456789" and sum(map(str.isalpha, t)) <= 2   # "35.7M"
+
+    table = [[text(v) for v in row] for row in rows]
+    right = [all(numeric(row[k]) for row in table) for k in range(len(header))]
+    return [str(h) for h in header], table, right
+
+
+def text_table(header, rows):
+    """The table with aligned columns, numbers to the right, for a terminal."""
+    head, table, right = _cells(header, rows)
+    widths = [max(map(len, column)) for column in zip(head, *table)]
+    lines = [head, ["-" * w for w in widths], *table]
+    padded = ([t.rjust(w) if r else t.ljust(w) for t, w, r in zip(line, widths, right)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def markdown_table(header, rows):
+    """The table as GitHub Markdown."""
+    head, table, right = _cells(header, rows)
+    lines = [head, ["---:" if r else "---" for r in right], *table]
+    safe = ([t.replace("|", "\\|").replace("\n", "<br>") for t in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in safe)
+
+
+# ------------------------------------------------------------------------------------------------- the job
+
+def run(args, parser):
+    """Do every job of the plan that is not done yet, then tell and draw what happened."""
+    settings = check_config(args, parser)
+    os.makedirs(args.out, exist_ok=True)
+    exp, jobs, rows = Experiment(args), plan(args), read_rows(args)
+    with atomic(os.path.join(args.out, "config.json")) as temporary, open(temporary, "w") as file:
+        json.dump(dict(args=settings, **provenance(exp, " ".join(sys.argv))), file, indent=1)
+    cost, guard = announce(exp, jobs, rows), Guard()
+    for number, job in enumerate(jobs, 1):
+        if job in rows:
+            continue
+        partial = job.path(args.out, ".partial.pt")
+        if os.path.exists(partial):
+            print(f"going on with {job} at step {load_state(partial)['step']} of {args.steps}", flush=True)
+        row = rows[job] = exp.run(job, guard)
+        if os.path.exists(partial):
+            os.remove(partial)
+        write_results(args, rows)
+        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(row) + "\n")
+        left = sum(cost[other.arm] for other in jobs if other not in rows)
+        print(f"[{number}/{len(jobs)}] {job}: {100 * row['sparsity']:.1f} % pruned, {row['live_weights']:,} live | "
+              f"fid_domain {row['fid_domain']:.2f} (n={row['n_samples']:,}) | val_loss {row['val_loss']:.4f} | train "
+              f"{row['train_seconds']:.0f} s | about {clock(left)} to go", flush=True)
+    write_results(args, rows)
+    draw_everything(exp, rows)
+    header, table = summarise(rows)
+    table_text, said = text_table(header, table), conclude(exp, rows)
+    with atomic(os.path.join(args.out, "table.md")) as temporary, open(temporary, "w") as file:
+        file.write(markdown_table(header, table) + "\n\n" + said + "\n")
+    print(f"\n{table_text}\n\n{said}\n\nPictures and tables: {args.out}/")
+
+
+def main(argv=None):
+    args, parser = parse_args(argv)
+    try:
+        run(args, parser)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"{error}. What was done before is kept in {args.out}.\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped. The same command goes on from here: results so far are in {args.out}.\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""The denoiser eps(x, t): the U-Net of Ho et al. (2006.11239, appendix B), small enough to read at one sitting.
+
+    model = UNet(channels=3, **PRESETS["paper"])        # 35,746,307 parameters
+    eps = model(x, t)                                   # x (B, C, H, W), t (B,) -> (B, C, H, W)
+
+Going down, every level runs its residual blocks and then halves the resolution; going up, every block reads
+the matching activation of the way down through a skip connection, and every level but the last doubles the
+resolution. Attention sits in the middle and at the chosen resolutions. Depends on torch only.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# Architectures alone; channels and image_size come from the data set: UNet(channels=3, **PRESETS["paper"]).
+# `patch` folds p x p pixels into channels first (pixel unshuffle): on small cores the same seconds buy a much
+# better model at 14x14 than at 28x28. `paper` is the CIFAR-10 network of 2006.11239 and uses no such thing.
+PRESETS = {
+    "tiny": dict(base=32, mults=(1, 2), blocks=1, patch=2),
+    "mnist": dict(base=32, mults=(1, 2), blocks=1, patch=2),
+    "cifar": dict(base=64, mults=(1, 2, 2), blocks=2, attention=(8,), dropout=0.1, patch=2),
+    "paper": dict(base=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1),
+}
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm with min(32, C//4) groups unless told otherwise, always computed in float32.
+
+    Autocast does the same on CUDA; on CPU the bfloat16 kernel is about three times slower than this detour.
+    """
+
+    def __init__(self, channels, groups=None):
+        super().__init__(groups or min(32, channels // 4), channels, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+def zero(layer):
+    """Zero a layer's weights: each residual branch, and the whole network, begins as the identity or as 0."""
+    nn.init.zeros_(layer.weight)
+    return layer
+
+
+def time_features(t, dim):
+    """Sinusoids of the time step, t (B,) -> (B, dim): wavelengths from 2 pi to 2 pi * 10,000."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
+    angles = t.float()[:, None] * frequencies[None]  # (B, dim/2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, dim)
+
+
+class ResBlock(nn.Module):
+    """x + conv2(silu(norm2(conv1(silu(norm1(x))) + time))): the unit that tickets are made of.
+
+    `hidden` is the width between the two convolutions. It differs from `out` only in a shrunk network, where
+    norm2 has fewer groups of the same size: only then is the shrunk block equal to the masked one.
+    """
+
+    def __init__(self, inp, out, time_dim, dropout=0.0, hidden=None):
+        super().__init__()
+        hidden = out if hidden is None else hidden
+        group_size = out // min(32, out // 4)
+        if hidden % group_size or hidden < group_size:
+            raise ValueError(f"hidden={hidden} channels are not whole GroupNorm groups of {group_size}")
+        self.norm1 = GroupNorm(inp)
+        self.conv1 = nn.Conv2d(inp, hidden, 3, padding=1)
+        self.time = nn.Linear(time_dim, hidden)
+        self.norm2 = GroupNorm(hidden, hidden // group_size)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(hidden, out, 3, padding=1))
+        self.skip = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, hidden, H, W)
+        h = h + self.time(emb)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))  # (B, out, H, W)
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """One head of self-attention over all positions, by explicit matrix products, with a residual around it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)  # 3 x (B, C, N)
+        weights = (q.transpose(1, 2) @ k * C ** -0.5).softmax(dim=-1)  # (B, N, N)
+        h = v @ weights.transpose(1, 2)  # (B, C, N)
+        return x + self.out(h.reshape(B, C, H, W))
+
+    def product_macs(self, x):
+        """Multiply-accumulates of the two products that have no weights: N*N*C each, for every image of x."""
+        B, C, H, W = x.shape
+        return 2 * B * C * (H * W) ** 2
+
+
+class Downsample(nn.Conv2d):
+    """Halve the resolution by a 3x3 convolution of stride 2, padded on the right and below."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
+
+
+class Upsample(nn.Conv2d):
+    """Double the resolution by repeating pixels, then a 3x3 convolution."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution on one side of the U, their attention, and the change of resolution after."""
+
+    def __init__(self, blocks, attention, resample):
+        super().__init__()
+        self.blocks, self.attention = nn.ModuleList(blocks), nn.ModuleList(attention)
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """The denoiser. Predicts the noise eps in x_t, of the same shape as x_t.
+
+    channels, image_size: of the images. base * mults[i] is the width at level i, where the resolution is
+    image_size / patch / 2**i. blocks: residual blocks a level (one more on the way up). attention: the
+    resolutions that carry it, beside the middle block's. hidden: {block name: width} for a shrunk network.
+    Raises ValueError where the sizes do not fit together. Architecture: 2006.11239, appendix B.
+    """
+
+    def __init__(self, channels=1, base=32, mults=(1, 2, 2), blocks=1, attention=(), dropout=0.0,
+                 image_size=32, patch=1, hidden=None):
+        super().__init__()
+        self.config = dict(channels=channels, base=base, mults=tuple(mults), blocks=blocks,
+                           attention=tuple(attention), dropout=dropout, image_size=image_size, patch=patch,
+                           hidden=dict(hidden or {}))
+        self._check(**self.config)
+        self.patch = patch
+        self.time_in, self.time_out = nn.Linear(base, 4 * base), nn.Linear(4 * base, 4 * base)
+        self.conv_in = nn.Conv2d(channels * patch ** 2, base, 3, padding=1)
+        skips = self._build_down(base, mults, blocks, image_size // patch)
+        width = base * mults[-1]
+        self.mid = nn.ModuleList([self._block("mid.0", width, width), Attention(width),
+                                  self._block("mid.2", width, width)])
+        self._build_up(base, mults, blocks, image_size // patch, skips)
+        self.norm_out = GroupNorm(base * mults[0])
+        self.conv_out = nn.Conv2d(base * mults[0], channels * patch ** 2, 3, padding=1)
+        self._initialise()
+
+    @staticmethod
+    def _check(base, mults, image_size, patch, **_):
+        smallest = patch * 2 ** (len(mults) - 1)
+        if image_size % smallest:
+            raise ValueError(f"image_size={image_size} must be a multiple of {smallest} "
+                             f"(patch {patch}, {len(mults)} levels)")
+        for width in [base * m for m in mults]:
+            if width < 4 or width % min(32, width // 4):
+                raise ValueError(f"width {width} cannot be split into {min(32, width // 4)} GroupNorm groups; "
+                                 "choose base as a multiple of 4, above 128 of 32")
+
+    def _block(self, name, inp, out):
+        return ResBlock(inp, out, 4 * self.config["base"], self.config["dropout"],
+                        self.config["hidden"].get(name))
+
+    def _attention(self, resolution, width):
+        return Attention(width) if resolution in self.config["attention"] else nn.Identity()
+
+    def _build_down(self, base, mults, blocks, resolution):
+        """Fill self.down; return the widths of the skips, in the order they are made."""
+        self.down, width, skips = nn.ModuleList(), base, [base]
+        for i, mult in enumerate(mults):
+            out = base * mult
+            widths = [width] + [out] * (blocks - 1)
+            level = Level([self._block(f"down.{i}.blocks.{j}", w, out) for j, w in enumerate(widths)],
+                          [self._attention(resolution >> i, out) for _ in widths],
+                          Downsample(out) if i < len(mults) - 1 else None)
+            self.down.append(level)
+            width = out
+            skips += [out] * (blocks + (level.resample is not None))
+        return skips
+
+    def _build_up(self, base, mults, blocks, resolution, skips):
+        """Fill self.up, from the lowest resolution to the highest; every block takes one skip."""
+        self.up, width = nn.ModuleList(), base * mults[-1]
+        for k, i in enumerate(reversed(range(len(mults)))):
+            out, level = base * mults[i], []
+            for j in range(blocks + 1):
+                level.append(self._block(f"up.{k}.blocks.{j}", width + skips.pop(), out))
+                width = out
+            self.up.append(Level(level, [self._attention(resolution >> i, out) for _ in level],
+                                 Upsample(out) if i else None))
+
+    def _initialise(self):
+        """Glorot-uniform weights and zero biases; the last layer of every branch stays at zero."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.zeros_(module.bias)
+                if module.weight.any():  # zeroed layers stay zeroed
+                    nn.init.xavier_uniform_(module.weight)
+        zero(self.conv_out)
+
+    def forward(self, x, t):
+        """x (B, C, H, W) float, t (B,) -> predicted noise (B, C, H, W) in x's dtype."""
+        emb = self.time_out(F.silu(self.time_in(time_features(t, self.config["base"]))))
+        emb = F.silu(emb)  # (B, 4*base); every block applies its own projection to it
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (B, base, H/p, W/p)
+        skips = [h]
+        for level in self.down:
+            for block, attention in zip(level.blocks, level.attention):
+                h = attention(block(h, emb))
+                skips.append(h)
+            if level.resample is not None:
+                h = level.resample(h)
+                skips.append(h)
+        h = self.mid[2](self.mid[1](self.mid[0](h, emb)), emb)
+        for level in self.up:
+            for block, attention in zip(level.blocks, level.attention):
+                h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
+            if level.resample is not None:
+                h = level.resample(h)
+        h = self.conv_out(F.silu(self.norm_out(h)))  # (B, C*p*p, H/p, W/p)
+        return F.pixel_shuffle(h, self.patch).to(x.dtype)  # (B, C, H, W)
