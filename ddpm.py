@@ -547,7 +547,9 @@ class LossLog:
 
 def capture(step, model, ema, opt, log):
     """Everything that training goes on from after `step` steps; raises FloatingPointError rather than save ruins."""
-    log.mean(step)
+    log.mean(step - 1)
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise FloatingPointError(f"{log.label}: a weight is not finite after step {step}; try a lower --lr")
     return dict(step=step, model=model.state_dict(), ema=ema.model.state_dict(), ema_updates=ema.updates,
                 optimizer=opt.state_dict(), losses=list(log.means), window=(log.sum.item(), log.count))
 
@@ -570,8 +572,9 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
     images: uint8 (N, C, H, W) on the model's device. after_backward(step, model) sees the gradients before they
     are clipped and may return True to leave out this step's update; after_step(step, model, optimizer) runs
     after the update. checkpoint(get_state) is called after every step and calls get_state() when it wants to
-    save; such a state, passed as `state`, goes on from there to the bit. Raises FloatingPointError for a loss
-    that is not finite, before such a state is handed out.
+    save; such a state, passed as `state`, goes on from there to the bit. Torch's global generator, which dropout
+    draws from, is seeded anew every step. Raises FloatingPointError for a loss that is not finite, before such
+    a state is handed out.
     """
     device = images.device
     model.to(memory_format=torch.channels_last).train()
@@ -582,6 +585,7 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
     bar = tqdm(range(start, steps), desc=label, unit="step", mininterval=0.5, leave=False, disable=None)
     for step in bar:
         x0, t, noise = batch_at(images, step, seed, batch, flip, diffusion.T, generator)
+        torch.manual_seed(-1 - seed * 1_000_003 - step)  # for dropout: a function of (seed, step) too
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, steps, lr, lr_schedule, warmup)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -607,8 +611,8 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
 # What each data set is trained with unless flags say otherwise: sized for two CPU cores, but for `--preset paper`.
 DEFAULTS = {
     "digits": dict(preset="tiny", steps=400, batch=64, lr=2e-3, ema=0.99, samples=1000),
-    "mnist": dict(preset="mnist", steps=2000, batch=64, lr=2e-3, ema=0.995, samples=1000),
-    "fashion": dict(preset="mnist", steps=2000, batch=64, lr=2e-3, ema=0.995, samples=1000),
+    "mnist": dict(preset="mnist", steps=1500, batch=64, lr=2e-3, ema=0.995, samples=1000),
+    "fashion": dict(preset="mnist", steps=1500, batch=64, lr=2e-3, ema=0.995, samples=1000),
     "cifar10": dict(preset="cifar", steps=4000, batch=64, lr=1e-3, ema=0.999, samples=1000),
     "cifar100": dict(preset="cifar", steps=4000, batch=64, lr=1e-3, ema=0.999, samples=1000),
 }

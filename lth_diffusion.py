@@ -42,7 +42,7 @@ MARGIN = 0.10  # of dense: how much worse a ticket may be and still count as its
 REINIT_SEED = 500_000  # added to the seed for the control's new initialisation and for shuffled masks
 FINETUNE_LR = 0.1  # `finetune` trains on at this share of --lr: the schedules end at or near 0
 COLUMNS = ("seed round arm sparsity live_weights total_weights fid_domain n_samples val_loss train_loss steps "
-           "macs_dense macs_live ticket_bytes train_seconds seconds_per_1000 train_memory sample_memory").split()
+           "train_steps_total train_macs_total macs_dense macs_live ticket_bytes train_seconds seconds_per_1000 train_memory sample_memory").split()
 
 
 class Job(NamedTuple):
@@ -222,6 +222,18 @@ class Experiment:
             macs_live=sum(live for _, live in macs.values()), ticket_bytes=os.path.getsize(ticket),
             seconds_per_1000=1000 * seconds / a.samples, sample_memory=memory.bytes)
 
+    def spent(self, job, steps, macs):
+        """What it took to get here, the rounds before included: training steps, and MACs at 3 live network
+        evaluations an image and step (forward, and twice backward), which is what a sparse machine would do."""
+        if job.arm == "dense":
+            before = dict(train_steps_total=0, train_macs_total=0)
+        elif job.arm == "twin":  # theta_k is all that it takes from the dense run
+            before = dict(train_steps_total=self.k, train_macs_total=3 * macs * self.args.batch * self.k)
+        else:
+            before = self.load(self.parent(job))["row"]
+        return dict(train_steps_total=before["train_steps_total"] + steps,
+                    train_macs_total=before["train_macs_total"] + 3 * macs * self.args.batch * steps)
+
     def val_loss(self, model):
         """Held-out mean squared error on eps at fixed t (spread evenly) and noise: paired across tickets."""
         predict, generator = denoiser(model, self.precision), torch.Generator().manual_seed(EVAL_SEED)
@@ -240,7 +252,7 @@ class Experiment:
                    total_weights=total, train_loss=losses[-1][1], train_seconds=seconds, train_memory=memory.bytes,
                    steps=self.args.steps - (0 if job.arm in ("dense", "reinit") else self.k))
         pictures, measured = self.evaluate(job, ema, masks)
-        row |= measured
+        row |= measured | self.spent(job, row["steps"], measured["macs_live"])
         save_state(job.path(self.args.out), dict(model=model.state_dict(), ema=ema.state_dict(), losses=losses,
                                                  masks=pack_masks(masks), row=row, pictures=pictures))
         return row

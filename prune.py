@@ -9,6 +9,7 @@ A mask is a dict from parameter name to a bool tensor of the parameter's shape, 
 Masks cover the weights of Conv2d and Linear layers, never biases or norms. Nothing here knows of training.
 """
 import math
+import zipfile
 
 import numpy as np
 import torch
@@ -122,7 +123,8 @@ def allocate(rates, total, low, high):
         raise ValueError(f"cannot place {total} weights between {sum(low.values())} and {sum(high.values())}")
     names = list(rates)
     rate, lo, hi = (np.array([float(d[name]) for name in names]) for d in (rates, low, high))
-    left, right = 0.0, max(float((hi / np.maximum(rate, 1e-300)).max()), 1.0)
+    some = rate > 0  # a layer of rate 0 takes only what the others cannot
+    left, right = 0.0, float((hi[some] / rate[some]).max(initial=1.0))
     for _ in range(200):
         middle = (left + right) / 2
         left, right = (middle, right) if np.clip(middle * rate, lo, hi).sum() < total else (left, middle)
@@ -210,10 +212,15 @@ def save_ticket(path, model, masks):
 def load_ticket(path):
     """(UNet, masks) from a file of save_ticket. Raises OSError naming the file when it is not one."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:  # torch.load does not compare checksums
+                raise ValueError("a flipped bit")
         ticket = torch.load(path, weights_only=True, map_location="cpu")
         model, state = UNet(**ticket["config"]), dict(ticket["rest"])
         masks = unpack_masks(model, ticket["bits"])
         for name, p in prunable(model).items():
+            if ticket["values"][name].numel() != masks[name].sum():  # a single one would be repeated
+                raise ValueError(f"{name} has more or fewer values than live weights")
             state[name] = torch.zeros_like(p.detach())
             state[name][masks[name]] = ticket["values"][name]
         model.load_state_dict(state)

@@ -158,13 +158,15 @@ class UNet(nn.Module):
         self._initialise()
 
     @staticmethod
-    def _check(base, mults, image_size, patch, **_):
+    def _check(base, mults, blocks, image_size, patch, **_):
+        if min(len(mults), blocks, image_size, patch) < 1:
+            raise ValueError(f"mults={mults}, blocks={blocks}, image_size={image_size}, patch={patch}: one at least")
         smallest = patch * 2 ** (len(mults) - 1)
         if image_size % smallest:
             raise ValueError(f"image_size={image_size} must be a multiple of {smallest} "
                              f"(patch {patch}, {len(mults)} levels)")
         for width in [base * m for m in mults]:
-            if width < 4 or width % min(32, width // 4):
+            if width < 4 or width % 4 or width % min(32, width // 4):
                 raise ValueError(f"width {width} cannot be split into {min(32, width // 4)} GroupNorm groups; "
                                  "choose base as a multiple of 4, above 128 of 32")
 

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# bash run_all.sh            environment, then the main job on drawn digits: no download, minutes on a laptop
+# bash run_all.sh mnist      ... on MNIST (also: cifar10, cifar100); what is finished is not done again
+# bash run_all.sh test       ... the tests
+# Flags after the data set go to lth_diffusion.py: bash run_all.sh mnist --seeds 0 1 2
+set -euo pipefail
+cd "$(dirname "$0")"
+
+stage=${1:-digits}
+[ $# -gt 0 ] && shift
+case "$stage" in
+    digits | mnist | cifar10 | cifar100 | test) ;;
+    *) echo "run_all.sh: '$stage' is none of digits, mnist, cifar10, cifar100, test" >&2; exit 2 ;;
+esac
+
+# Made once, and again when requirements.txt has changed since.
+if ! cmp -s requirements.txt .venv/installed.txt; then
+    echo "making .venv with $(tr '\n' ' ' < requirements.txt)"
+    "${PYTHON:-python3}" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest
+    cp requirements.txt .venv/installed.txt
+fi
+
+if [ "$stage" = test ]; then
+    exec .venv/bin/python -m pytest -q "$@"
+fi
+exec .venv/bin/python lth_diffusion.py --dataset "$stage" "$@"

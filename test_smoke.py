@@ -1,0 +1,78 @@
+"""The whole job in about a minute, through the command line, as a student would run it."""
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SMALL = "--steps 40 --batch 32 --samples 64 --nfe 10".split()
+
+
+def run(*command):
+    """Run a module's command line from the repository's folder; return (exit code, what it printed)."""
+    done = subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One small run of the main job, all arms."""
+    out = str(tmp_path_factory.mktemp("smoke") / "run")
+    command = ["lth_diffusion.py", "--rounds", "2", "--arms", "rewind", "reinit", "random", "finetune",
+               "--out", out, *SMALL]
+    return command, out, *run(*command)
+
+
+def test_main_job_ends_with_a_table_and_says_what_it_means(finished):
+    _, _, code, said = finished
+    assert code == 0, said
+    assert "device     " in said and "to go here" in said  # what and how long, before it starts
+    for word in ("dense", "twin", "rewind", "reinit", "random", "finetune", "fid_domain", "36.0 %"):
+        assert word in said, word
+    assert "n=1, no verdict" in said and "not comparable with papers" in said
+
+
+def test_results_hold_exact_counts(finished):
+    _, out, _, _ = finished
+    with open(os.path.join(out, "results.csv")) as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["round"], r["arm"]) for r in rows] == [
+        ("0", "dense"), ("0", "twin"), ("1", "rewind"), ("2", "rewind"), ("2", "reinit"), ("2", "random"),
+        ("2", "finetune")]
+    live = [int(r["live_weights"]) for r in rows]
+    assert live[2] == live[0] - round(0.2 * live[0]) and live[3] == live[2] - round(0.2 * live[2])
+    assert len(set(live[3:])) == 1  # every arm of a round has as many
+    assert all(float(r["fid_domain"]) > 0 and int(r["ticket_bytes"]) > 0 for r in rows)
+    config = json.load(open(os.path.join(out, "config.json")))
+    assert config["versions"]["torch"] and config["classifier_hash"] and config["margin"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["samples_by_sparsity", "quality_vs_sparsity", "layers", "losses"])
+def test_pictures_are_there(finished, name):
+    from PIL import Image
+    image = Image.open(os.path.join(finished[1], f"{name}.png"))
+    assert image.width >= 900 and len(image.convert("L").getcolors(256)) > 2
+
+
+def test_rerun_trains_nothing_and_says_the_same(finished):
+    command, out, _, said = finished
+    before = os.path.getmtime(os.path.join(out, "seed0", "round02_rewind.pt"))
+    code, again = run(*command)
+    assert code == 0 and "7 of them done" in again
+    assert again.split("\n\n")[1:] == said.split("\n\n")[1:]  # table, conclusion and where they lie
+    assert os.path.getmtime(os.path.join(out, "seed0", "round02_rewind.pt")) == before
+
+
+def test_another_flag_on_the_same_folder_is_refused(finished):
+    command, _, _, _ = finished
+    code, said = run(*command, "--lr", "0.5")
+    assert code == 2 and "--lr" in said and "Traceback" not in said
+
+
+def test_ddpm_alone_trains_and_draws(tmp_path):
+    code, said = run("ddpm.py", "--dataset", "digits", "--out", str(tmp_path), *SMALL)
+    assert code == 0 and "samples.png" in said, said
+    assert (tmp_path / "samples.png").exists() and (tmp_path / "model.pt").exists()

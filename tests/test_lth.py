@@ -1,0 +1,169 @@
+"""The experiment: plan, resume to the bit, refusals, and bad input that ends in one line."""
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import lth_diffusion as lth
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SMALL = "--rounds 2 --steps 30 --batch 16 --samples 32 --nfe 5".split()
+MEASURED = {"train_seconds", "seconds_per_1000", "train_memory", "sample_memory"}
+
+
+def refusal(capsys, *argv):
+    """Run main in this process; return (exit code, stderr)."""
+    with pytest.raises(SystemExit) as stop:
+        lth.main(list(argv))
+    return stop.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--dataset", "nope"], "nope"), (["--rounds", "0"], "--rounds"), (["--prune-rate", "1.2"], "--prune-rate"),
+    (["--prune-rate", "nan"], "--prune-rate"), (["--prune-rate", "0"], "--prune-rate"), (["--lr", "inf"], "--lr"),
+    (["--seeds", "0", "0"], "--seeds"), (["--arms", "random"], "--arms"), (["--device", "tpu"], "--device"),
+    (["--control-rounds", "9", "--rounds", "3"], "--control-rounds"), (["--final-sparsity", "1"], "--final-sparsity"),
+    (["--steps", "1e3"], "--steps"), (["--samples", "-5"], "--samples"), (["--nfe", "5000"], "--nfe"),
+])
+def test_bad_flags_end_in_one_line(capsys, tmp_path, argv, named):
+    code, said = refusal(capsys, *argv, "--out", str(tmp_path / "run"))
+    assert code == 2 and named in said.splitlines()[-1]
+
+
+def test_out_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    code, said = refusal(capsys, "--out", str(tmp_path / "file" / "run"), *SMALL)
+    assert code == 2 and "file" in said.splitlines()[-1]
+
+
+def test_truncated_data_file_is_named(capsys, tmp_path):
+    (tmp_path / "mnist").mkdir()
+    (tmp_path / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b\x08\0\0\0")
+    (tmp_path / "mnist" / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b\x08\0\0\0")
+    code, said = refusal(capsys, "--dataset", "mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run"))
+    assert code == 2 and "train-images-idx3-ubyte.gz" in said.splitlines()[-1]
+
+
+def test_plan_has_every_round_its_controls_and_the_twin():
+    args, _ = lth.parse_args(["--rounds", "3", "--control-rounds", "1", "3", "--seeds", "0", "5"])
+    jobs = [job for job in lth.plan(args) if job.seed == 5]
+    assert [(j.round, j.arm) for j in jobs] == [
+        (0, "dense"), (0, "twin"), (1, "rewind"), (1, "reinit"), (1, "random"), (2, "rewind"), (3, "rewind"),
+        (3, "reinit"), (3, "random")]
+
+
+def test_final_sparsity_sets_the_rate():
+    args, _ = lth.parse_args(["--rounds", "4", "--final-sparsity", "0.9"])
+    assert abs((1 - args.prune_rate) ** 4 - 0.1) < 1e-12
+
+
+def results(out):
+    with open(os.path.join(out, "results.csv")) as file:
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
+
+
+def states(out):
+    found = {}
+    for folder, _, names in os.walk(out):
+        for name in sorted(names):
+            if name.endswith(".pt"):
+                found[os.path.join(os.path.basename(folder), name)] = lth.load_state(os.path.join(folder, name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("lth") / "whole")
+    lth.main([*SMALL, "--out", out])
+    return out
+
+
+def test_stopped_runs_end_with_the_same_numbers(uninterrupted, tmp_path):
+    """Ctrl-C at three moments, each time the same command again: equal weights, averages, masks and table."""
+    out = str(tmp_path / "stopped")
+    command = [sys.executable, "lth_diffusion.py", *SMALL, "--out", out]
+    for wanted in ("seed0/round00_dense.pt", "seed0/round01_rewind.pt"):
+        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not os.path.exists(os.path.join(out, wanted)) and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.5)  # somewhere in the run after that one
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 130 and "goes on from here" in said and "Traceback" not in said, said
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert results(out) == results(uninterrupted)
+    mine, whole = states(out), states(uninterrupted)
+    assert mine.keys() == whole.keys()
+    for name in whole:
+        for part in ("model", "ema", "masks"):
+            for key, value in whole[name].get(part, {}).items():
+                assert torch.equal(mine[name][part][key], value), (name, part, key)
+
+
+def test_tickets_are_what_they_claim(uninterrupted):
+    """Nested masks, exact zeros in online weights, EMA and ticket file, and theta_k under the mask at the start."""
+    from prune import load_ticket, unpack_masks
+    args, _ = lth.parse_args([*SMALL, "--out", uninterrupted])
+    exp, before = lth.Experiment(args), None
+    for job in lth.plan(args):
+        state = exp.load(job)
+        masks = unpack_masks(exp.new_model(0), state["masks"])
+        for name, mask in masks.items():
+            for weights in (state["model"], state["ema"]):
+                assert bool((weights[name][~mask] == 0).all()), (job, name)
+        ticket, ticket_masks = load_ticket(job.path(args.out, ".ticket"))
+        assert all(torch.equal(v, state["ema"][k]) for k, v in ticket.state_dict().items())
+        assert all(torch.equal(v, masks[k]) for k, v in ticket_masks.items())
+        if job.arm in ("dense", "rewind"):
+            assert before is None or all(bool((masks[n] <= before[n]).all()) for n in masks)
+            before = masks
+        model, start_masks, first, _ = exp.start(job)
+        if job.arm in ("twin", "rewind", "random"):
+            theta = lth.load_state(lth.theta_path(args.out, 0))["model"]
+            assert first == exp.k
+            for name, p in model.named_parameters():
+                assert torch.equal(p, theta[name] * start_masks.get(name, torch.ones(())))
+
+
+def test_damaged_state_is_named(uninterrupted, tmp_path, capsys):
+    import shutil
+    out = str(tmp_path / "damaged")
+    shutil.copytree(uninterrupted, out)
+    path = os.path.join(out, "seed0", "round01_rewind.pt")
+    with open(path, "r+b") as file:
+        file.truncate(100)
+    code, said = refusal(capsys, *SMALL, "--out", out)
+    assert code == 2 and path in said.splitlines()[-1]
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_was_done(tmp_path, capsys):
+    code, said = refusal(capsys, "--steps", "30", "--batch", "8", "--lr", "1e30", "--optimizer", "sgd", "--samples",
+                         "8", "--nfe", "2", "--rounds", "1", "--out", str(tmp_path / "run"))
+    assert code == 1 and "seed 0 round 0 dense" in said and "--lr" in said
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+def test_pictures_survive_odd_data(tmp_path):
+    chart = str(tmp_path / "chart.png")
+    nan = float("nan")
+    for series in ([], [dict(label="one", x=[1], y=[2.0])], [dict(label="none", x=[0, 1], y=[nan, None])],
+                   [dict(label="flat " * 20, x=[0, 1, 2], y=[3, 3, 3], y_low=[2, nan, 2], y_high=[4, nan, 4])]):
+        lth.line_chart(series, chart, "title", "x", "y", hlines=[("floor", nan, "dotted")], log_y=True)
+    lth.heat_map([[nan, 0.0], [1.0, 0.5]], ["a", "b" * 80], ["0", "1"], chart, "title", log=True)
+    lth.sample_rows([("head", None), ("row", np.zeros((2, 3, 8, 8), np.uint8)), ("empty", np.zeros((0, 1, 8, 8)))],
+                    chart, "title")
+    assert os.path.getsize(chart) > 500
+
+
+def test_tables_align():
+    text = lth.text_table(["name", "value"], [["a", 1.5], ["long name", None]])
+    assert len({len(line) for line in text.splitlines()[:3]}) == 1 and text.splitlines()[3].endswith("-")
+    assert lth.markdown_table(["a|b"], [["x"]]).splitlines()[0] == "| a\\|b |"
