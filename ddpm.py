@@ -396,7 +396,8 @@ class Diffusion:
 
 # ----------------------------------------------------------------------------------------------- samplers
 # One step each, from noise level abar_from to abar_to (floats; 1.0 = clean), so that they can be checked on
-# any grid, continuous time included. x0 and eps are two names for one prediction: x = sqrt(abar) x0 + sigma eps.
+# any grid, continuous time included. x0 and eps are two names for one prediction: x = sqrt(abar) x0 + sigma
+# eps.
 
 def predict_x0(x, eps, abar, clip):
     """(x0, eps) implied by the predicted eps. With clip, x0 is cut to [-1, 1] and eps follows from it again,
@@ -479,8 +480,9 @@ def sample(model, diffusion, x_T, method="ddpm", steps=50, eta=0.0, clip=True, g
 class EMA:
     """Exponential moving average of a model's weights, `.model`: the network that is sampled.
 
-    decay: 0.9999 in 2006.11239. With warmup the decay of update n is min(decay, (1 + n) / (10 + n)), so that a
-    short run does not sample its own initialisation. A weight that is always 0 stays exactly 0 in the average.
+    decay: 0.9999 in 2006.11239. With warmup the decay of update n is min(decay, (1 + n) / (10 + n)), so that
+    a short run does not sample its own initialisation. A weight that is always 0 stays exactly 0 in the
+    average.
     """
 
     def __init__(self, model, decay, warmup=False):
@@ -496,7 +498,8 @@ class EMA:
 
 def learning_rate(step, steps, lr, schedule, warmup):
     """The rate at `step` of `steps`: linear warm-up, then "constant", "linear" or "cosine" decay to 0."""
-    decay = {"constant": 1.0, "linear": 1 - step / steps, "cosine": 0.5 * (1 + math.cos(math.pi * step / steps))}
+    done = step / steps
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return lr * min(1.0, (step + 1) / max(warmup, 1)) * decay[schedule]
 
 
@@ -541,12 +544,13 @@ class LossLog:
         """Mean loss of the window so far; FloatingPointError when it is not finite."""
         mean = self.sum.item() / max(self.count, 1)
         if not math.isfinite(mean):
-            raise FloatingPointError(f"{self.label}: the loss became {mean} by step {step + 1}; try a lower --lr")
+            raise FloatingPointError(f"{self.label}: the loss became {mean} by step {step + 1}; "
+                                     "try a lower --lr")
         return mean
 
 
 def capture(step, model, ema, opt, log):
-    """Everything that training goes on from after `step` steps; raises FloatingPointError rather than save ruins."""
+    """What training goes on from after `step` steps; FloatingPointError rather than a ruined state."""
     log.mean(step - 1)
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise FloatingPointError(f"{log.label}: a weight is not finite after step {step}; try a lower --lr")
@@ -569,12 +573,12 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
           after_backward=None, after_step=None, state=None, checkpoint=None):
     """Train `model` in place on steps start .. steps-1 of one schedule; return (EMA, [(step, mean loss)]).
 
-    images: uint8 (N, C, H, W) on the model's device. after_backward(step, model) sees the gradients before they
-    are clipped and may return True to leave out this step's update; after_step(step, model, optimizer) runs
-    after the update. checkpoint(get_state) is called after every step and calls get_state() when it wants to
-    save; such a state, passed as `state`, goes on from there to the bit. Torch's global generator, which dropout
-    draws from, is seeded anew every step. Raises FloatingPointError for a loss that is not finite, before such
-    a state is handed out.
+    images: uint8 (N, C, H, W) on the model's device. after_backward(step, model) sees the gradients before
+    they are clipped and may return True to leave out this step's update; after_step(step, model, optimizer,
+    ema) runs after the update, before the average follows. checkpoint(get_state) is called after every step
+    and calls get_state() when it wants to save; such a state, passed as `state`, goes on from there to the
+    bit. Torch's global generator, which dropout draws from, is seeded anew every step. Raises
+    FloatingPointError for a loss that is not finite, before such a state is handed out.
     """
     device = images.device
     model.to(memory_format=torch.channels_last).train()
@@ -596,7 +600,7 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
             opt.step()
         opt.zero_grad()
         if after_step is not None:
-            after_step(step, model, opt)
+            after_step(step, model, opt, ema)
         ema.update(model)
         log.add(step, loss, last=step + 1 == steps)
         if log.count == 0:
@@ -606,9 +610,10 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
     return ema, log.means
 
 
-# ------------------------------------------------------------------------------- command line, device, defaults
+# ----------------------------------------------------------------------------- command line, device, defaults
 
-# What each data set is trained with unless flags say otherwise: sized for two CPU cores, but for `--preset paper`.
+# What each data set is trained with unless flags say otherwise: sized for two CPU cores, but for `--preset
+# paper`.
 DEFAULTS = {
     "digits": dict(preset="tiny", steps=400, batch=64, lr=2e-3, ema=0.99, samples=1000),
     "mnist": dict(preset="mnist", steps=1500, batch=64, lr=2e-3, ema=0.995, samples=1000),
@@ -619,14 +624,15 @@ DEFAULTS = {
 
 
 def add_training_flags(parser):
-    """The flags that say what is trained, on what and how long; a value of None means the data set's default."""
+    """The flags that say what is trained, on what and how long; None stands for the data set's default."""
     add = parser.add_argument
-    add("--dataset", choices=list(DATASETS), default="digits", help="what to learn (default: digits, no download)")
+    add("--dataset", choices=list(DATASETS), default="digits", help="default: digits, which it draws itself")
     add("--preset", choices=list(PRESETS), help="which U-Net (default: by data set)")
     add("--steps", type=positive_int, help="training steps of a dense run")
     add("--batch", type=positive_int, help="images a step")
     add("--lr", type=positive_float, help="peak learning rate")
-    add("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up (default: cosine)")
+    add("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine",
+        help="after the warm-up (default: cosine)")
     add("--optimizer", choices=["adam", "sgd"], default="adam", help="default: adam")
     add("--ema", type=fraction, help="decay of the averaged weights that are sampled")
     add("--schedule", choices=["linear", "cosine"], default="linear", help="noise schedule (default: linear)")
@@ -634,8 +640,9 @@ def add_training_flags(parser):
     add("--sampler", choices=["ddpm", "ddim", "dpm"], default="ddim", help="default: ddim")
     add("--nfe", type=positive_int, default=50, help="network evaluations a sample (default: 50)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has units for it")
-    add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="data files (default: $LTH_DATA or data)")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="auto: bf16 where the hardware has units for it")
+    add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
     add("--out", help="folder of the results (default: runs/...)")
 
 
@@ -675,7 +682,8 @@ def pick_device(name):
         found = torch.cuda.get_device_name() if kind == "cuda" else f"{torch.get_num_threads()} threads"
         return torch.device(kind), f"the best that is here: {found}"
     if not there.get(name.split(":")[0]):
-        raise ValueError(f"--device {name}: not here; this machine has {', '.join(k for k, ok in there.items() if ok)}")
+        found = ", ".join(kind for kind, is_there in there.items() if is_there)
+        raise ValueError(f"--device {name}: not here; this machine has {found}")
     return torch.device(name), "as asked"
 
 
@@ -704,7 +712,8 @@ def denoiser(model, precision):
     return predict
 
 
-def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=50, batch=256, label="sample"):
+def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=50, batch=256,
+                 label="sample"):
     """uint8 images (N, C, H, W) on the CPU from noise x_T (N, C, H, W), batch by batch; stochastic samplers
     take their noise from a generator with seed 0, so that every model meets the same noise."""
     predict, done = denoiser(model, precision), []
@@ -733,7 +742,8 @@ def main(argv=None):
     model = UNet(images.shape[1], image_size=images.shape[-1], **PRESETS[args.preset]).to(device)
     diffusion = Diffusion(schedule=args.schedule)
     print(f"{args.dataset}: {len(images):,} images {tuple(images.shape[1:])} | U-Net {args.preset}: "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters\n{device} ({why}), {precision} ({why_precision})")
+          f"{sum(p.numel() for p in model.parameters()):,} parameters\n"
+          f"{device} ({why}), {precision} ({why_precision})")
     start = time.monotonic()
     ema, losses = train(model, diffusion, images.to(device), steps=args.steps, batch=args.batch, lr=args.lr,
                         lr_schedule=args.lr_schedule, optimizer=args.optimizer, ema_decay=args.ema,
@@ -742,9 +752,10 @@ def main(argv=None):
     x_T = torch.randn(100, *images.shape[1:], generator=torch.Generator().manual_seed(args.seed))
     drawn = draw_samples(ema.model, diffusion, x_T, precision, args.sampler, args.nfe)
     save_grid(drawn, f"{out}/samples.png")
-    torch.save(dict(config=model.config, model=model.state_dict(), ema=ema.model.state_dict()), f"{out}/model.pt")
-    print(f"trained {args.steps} steps in {trained - start:.0f} s, loss {losses[-1][1]:.4f}; drew {len(drawn)} images "
-          f"in {time.monotonic() - trained:.0f} s: {out}/samples.png, {out}/model.pt")
+    state = dict(config=model.config, model=model.state_dict(), ema=ema.model.state_dict())
+    torch.save(state, f"{out}/model.pt")
+    print(f"trained {args.steps} steps in {trained - start:.0f} s, loss {losses[-1][1]:.4f}; drew "
+          f"{len(drawn)} images in {time.monotonic() - trained:.0f} s: {out}/samples.png, {out}/model.pt")
 
 
 if __name__ == "__main__":

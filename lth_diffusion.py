@@ -1,4 +1,4 @@
-"""The lottery ticket hypothesis on a diffusion model: train, prune, rewind, repeat; measure; tell what happened.
+"""The lottery ticket hypothesis on a diffusion model: train, prune, rewind, repeat; say what happened.
 
     python lth_diffusion.py                                   # drawn digits, no download: minutes on a laptop
     python lth_diffusion.py --dataset mnist --rounds 10       # the main job
@@ -28,25 +28,36 @@ import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import metrics
-from ddpm import (Diffusion, add_training_flags, atomic, denoiser, draw_samples, fill_defaults, fraction,
-                  load_images, pick_device, pick_precision, positive_int, to_float, train)
-from prune import (dense_masks, live_counts, mask_hooks, pack_masks, prunable, prune_magnitude, random_masks, rewind,
-                   save_ticket, unpack_masks)
+from ddpm import (Diffusion, add_training_flags, atomic, batch_at, denoiser, draw_samples, fill_defaults,
+                  fraction, load_images, pick_device, pick_precision, positive_int, to_float, train)
+from prune import (RigL, apply_masks, blocks_of, cka_rates, dense_channels, dense_masks, init_scores,
+                   live_counts, mask_hooks, narrower, pack_masks, prunable, prune_channels, prune_scores,
+                   ramp_rates, random_channels, random_masks, random_scores, rst_hooks, save_ticket, shrink,
+                   taylor_scores, unpack_masks)
 from unet import PRESETS, UNet
 
 FORMAT = 1  # of the state files; a file of another version is refused
-ARMS = ("rewind", "reinit", "random", "finetune")
+METHODS = ("imp", "oneshot", "magnitude-init", "random", "rigl", "set", "rst")
+BEFORE_TRAINING = METHODS[2:]  # these choose at theta_0, so that rewinding means step 0
+SCOPES = {"magnitude-init": "layer", "rigl": "erk", "set": "erk", "rst": "layer"}  # prescribed by these
+ARMS = ("rewind", "reinit", "random", "finetune", "small")
 VAL_IMAGES = 2000  # held-out images behind val_loss, each with one fixed t and noise
 EVAL_SEED = 1234  # of x_T and of val_loss's t and noise: the same for every ticket of every seed
 MARGIN = 0.10  # of dense: how much worse a ticket may be and still count as its equal; fixed before the runs
-REINIT_SEED = 500_000  # added to the seed for the control's new initialisation and for shuffled masks
+REINIT_SEED = 500_000  # added to the seed for the control's new initialisation
+MASK_SEED = 700_000  # for masks drawn or shuffled at random
+PROBE_SEED = 4001  # added to the seed for the other data order that scope cka looks at
+TAYLOR_STEPS = 100  # time steps, evenly spread, whose gradients make the Taylor score
+RST_SHARE = 0.5  # the transformation's share of --steps, on top of them (2203.04248 spends longer on it)
 FINETUNE_LR = 0.1  # `finetune` trains on at this share of --lr: the schedules end at or near 0
-COLUMNS = ("seed round arm sparsity live_weights total_weights fid_domain n_samples val_loss train_loss steps "
-           "train_steps_total train_macs_total macs_dense macs_live ticket_bytes train_seconds seconds_per_1000 train_memory sample_memory").split()
+COLUMNS = """seed round arm sparsity live_weights total_weights fid_domain precision_domain recall_domain
+    fid kid kid_error inception_score precision recall n_samples val_loss train_loss steps
+    train_steps_total train_macs_total macs_dense macs_live ticket_bytes train_seconds seconds_per_1000
+    train_memory sample_memory""".split()
 
 
 class Job(NamedTuple):
-    """One training run: arm `arm` of round `round` with seed `seed`. Round 0 holds the dense net and its twin."""
+    """One training run. Round 0 holds the dense network and its twin."""
     seed: int
     round: int
     arm: str
@@ -62,21 +73,34 @@ class Job(NamedTuple):
 
 def parse_args(argv=None):
     """Flags, checked and completed; a mistake ends in one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Iterative magnitude pruning with rewinding of a U-Net DDPM.")
+    parser = argparse.ArgumentParser(description="Find, restart and measure lottery tickets in a U-Net DDPM.")
     add_training_flags(parser)
     add = parser.add_argument
     add("--rounds", type=positive_int, default=10, help="prune-and-retrain rounds (default: 10)")
-    add("--prune-rate", type=fraction, default=0.2, help="share of the live weights cut a round (default: 0.2)")
+    add("--prune-rate", type=fraction, default=0.2, help="share of the live weights cut a round: 0.2")
     add("--final-sparsity", type=fraction, help="choose the rate instead so that the last round ends here")
-    add("--scope", choices=["global", "layer"], default="global", help="rank over the network or in each layer")
-    add("--arms", nargs="+", choices=ARMS, default=["rewind", "reinit", "random"], help="how a ticket restarts")
-    add("--control-rounds", nargs="+", type=positive_int, metavar="R", help="rounds of the other arms (default: last)")
-    add("--rewind", type=fraction, default=0.05, help="rewind to this share of the steps; 0 = the original hypothesis")
+    add("--method", choices=METHODS, default="imp", help="how tickets are found; those that do not iterate "
+        "make one run a control round, at the density of that round (default: imp)")
+    add("--score", choices=["magnitude", "taylor"], default="magnitude", help="what imp and oneshot rank by")
+    add("--scope", choices=["global", "layer", "ramp", "cka", "erk"], default="global",
+        help="rank over the network, in each layer, or with layer rates by depth, similarity or shape")
+    add("--granularity", choices=["weight", "channel"], default="weight", help="channel: truly smaller")
+    add("--arms", nargs="+", choices=ARMS, default=["rewind", "reinit", "random"],
+        help="how a ticket restarts (default: rewind reinit random)")
+    add("--control-rounds", nargs="+", type=positive_int, metavar="R",
+        help="rounds at which the other arms are run (default: the last)")
+    add("--rewind", type=fraction, default=0.05,
+        help="rewind to this share of the steps; 0 is the original hypothesis (default: 0.05)")
+    add("--inception", metavar="PATH", help="the FID checkpoint, where it is not in the data folder")
     add("--seeds", nargs="+", type=int, default=[0], help="3 or more give a verdict (default: 0)")
     args = parser.parse_args(argv)
     fill_defaults(args)
     if args.final_sparsity is not None:
         args.prune_rate = 1 - (1 - args.final_sparsity) ** (1 / args.rounds)
+    if args.nfe > 1000:
+        parser.error(f"argument --nfe: {args.nfe} network evaluations are more than the chain's 1000 steps")
+    if args.samples < 2:
+        parser.error("argument --samples: a covariance needs 2 at least")
     if not 0 < args.prune_rate:
         parser.error("argument --prune-rate: 0 prunes nothing")
     args.control_rounds = sorted(set(args.control_rounds or [args.rounds]))
@@ -84,19 +108,38 @@ def parse_args(argv=None):
         parser.error(f"argument --control-rounds: {args.control_rounds[-1]} is beyond --rounds {args.rounds}")
     if "rewind" not in args.arms:
         parser.error("argument --arms: rewind makes the tickets that the other arms restart; add it")
+    if args.granularity == "channel" and (args.method not in ("imp", "oneshot") or args.score != "magnitude"
+                                          or args.scope not in ("global", "layer")):
+        parser.error("argument --granularity: channel goes with --method imp or oneshot, --score magnitude, "
+                     "--scope global or layer")
+    if args.method in SCOPES and args.scope not in ("global", SCOPES[args.method]):
+        parser.error(f"argument --scope: {args.method} prescribes {SCOPES[args.method]}")
+    if args.score == "taylor" and args.method not in ("imp", "oneshot"):
+        parser.error(f"argument --score: {args.method} chooses before there is anything to rank")
     if min(args.seeds) < 0 or max(args.seeds) > 4000 or len(set(args.seeds)) < len(args.seeds):
         parser.error("argument --seeds: different whole numbers from 0 to 4000, please")
-    args.out = args.out or f"runs/{args.dataset}"
+    args.out = args.out or f"runs/{args.dataset}" + ("" if args.method == "imp" else f"_{args.method}")
     return args, parser
+
+
+def rewind_step(args):
+    """The step that tickets are rewound to; 0 for methods that choose before training."""
+    return 0 if args.method in BEFORE_TRAINING else round(args.rewind * args.steps)
 
 
 def plan(args):
     """Every job, in the order in which they can be done."""
     jobs = []
     for seed in args.seeds:
-        jobs += [Job(seed, 0, "dense"), Job(seed, 0, "twin")]
+        jobs.append(Job(seed, 0, "dense"))
+        if rewind_step(args) > 0 or args.scope == "cka":  # else the twin is the dense run again
+            jobs.append(Job(seed, 0, "twin"))
+        if args.scope == "cka":
+            jobs.append(Job(seed, 0, "probe"))
         for round in range(1, args.rounds + 1):
-            jobs.append(Job(seed, round, "rewind"))
+            if args.method == "imp" or round in args.control_rounds:
+                jobs += [Job(seed, round, "transform")] if args.method == "rst" else []
+                jobs.append(Job(seed, round, "rewind"))
             if round in args.control_rounds:
                 jobs += [Job(seed, round, arm) for arm in args.arms if arm != "rewind"]
     return jobs
@@ -111,85 +154,222 @@ class Experiment:
         self.args = args
         self.device, self.why_device = pick_device(args.device)
         self.precision, self.why_precision = pick_precision(args.precision, self.device)
-        (self.images, labels), (self.test, _) = (load_images(args.dataset, args.data_dir, s) for s in ("train", "test"))
+        self.images, labels = load_images(args.dataset, args.data_dir)
+        self.test, _ = load_images(args.dataset, args.data_dir, "test")
         self.diffusion = Diffusion(schedule=args.schedule)
         self.classifier = metrics.load_classifier(args.dataset, self.images, labels)
         self.reference = metrics.reference_statistics(self.classifier, self.images, args.dataset)
-        self.floor = metrics.floor(self.classifier, self.images, self.test, min(args.samples, len(self.test)),
-                                   args.dataset)
+        n = min(args.samples, len(self.test))
+        self.floor = metrics.floor(self.classifier, self.images, self.test, n, args.dataset)
+        draw = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(0))[:n]
+        self.real = self.test[draw]  # what samples are compared with where all training images are too many
+        self.inception, self.inception_floor, self.why_inception = None, None, self.find_inception(n)
         self.images = self.images.to(self.device)
-        self.k = round(args.rewind * args.steps)  # the step that tickets are rewound to
+        self.k = rewind_step(args)
 
-    def new_model(self, seed):
+    def find_inception(self, n):
+        """Load Inception, its statistics and floor at n images; say so, or why its columns stay blank."""
+        a = self.args
+        if self.device.type == "cpu" and not a.inception:
+            return f"blank: {len(self.images):,} images take long on a CPU; --inception PATH computes it"
+        try:
+            self.inception = metrics.load_inception(a.inception, a.data_dir).to(self.device)
+        except OSError as error:
+            if a.inception:  # asked for by name: going on without it would hide the mistake
+                raise
+            return f"blank: {error}"
+        self.inception_reference = metrics.reference_statistics(self.inception, self.images, a.dataset)
+        self.inception_floor = metrics.floor(self.inception, self.images, self.test, n, a.dataset)
+        return f"Inception, floor {self.inception_floor:.2f} at n={n:,}"
+
+    # models and tickets
+
+    def new_model(self, seed, **config):
         """A U-Net as seed initialises it; the caller's random state is left alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = UNet(self.images.shape[1], image_size=self.images.shape[-1], **PRESETS[self.args.preset])
-        return model.to(self.device)
-
-    def x_T(self, n):
-        """The starting noise (n, C, H, W) that every model is sampled from."""
-        return torch.randn(n, *self.images.shape[1:], generator=torch.Generator().manual_seed(EVAL_SEED))
+            config = dict(channels=self.images.shape[1], image_size=self.images.shape[-1],
+                          **PRESETS[self.args.preset]) | config
+            return UNet(**config).to(self.device)
 
     def load(self, job):
         """The finished state of a job."""
         return load_state(job.path(self.args.out))
 
+    def rebuild(self, state, weights="model"):
+        """(model, masks) of a finished state: online weights, or weights="ema"."""
+        model = UNet(**state["config"]).to(self.device)
+        model.load_state_dict(state[weights])
+        return model, unpack_masks(model, state["masks"])
+
+    def theta(self, seed):
+        """The dense model at step k of its training, which tickets are rewound to."""
+        model = self.new_model(seed)
+        model.load_state_dict(load_state(theta_path(self.args.out, seed))["model"])
+        return model
+
     def parent(self, job):
-        """The run whose trained weights decide the masks of this job's round."""
-        return Job(job.seed, job.round - 1, "rewind" if job.round > 1 else "dense")
+        """The run that this job's ticket comes from; None for methods that choose before any training."""
+        method = self.args.method
+        if job.arm in ("dense", "transform", "small"):
+            return None
+        if job.round == 0 or method == "oneshot":
+            return Job(job.seed, 0, "dense")
+        if method == "imp":
+            return Job(job.seed, job.round - 1, "rewind" if job.round > 1 else "dense")
+        if method == "rst" and job.arm == "rewind":
+            return Job(job.seed, job.round, "transform")
+        moved = method in ("rigl", "set") and job.arm != "rewind"  # their mask is known at the end only
+        return Job(job.seed, job.round, "rewind") if moved else None
+
+    def scores(self, job, model):
+        """What weights are ranked by."""
+        generator = torch.Generator().manual_seed(MASK_SEED + 1000 * job.round + job.seed)
+        if self.args.method == "magnitude-init":
+            return init_scores(model, generator)
+        if self.args.method in ("random", "rigl", "set", "rst"):
+            return random_scores(model, generator)
+        if self.args.score == "magnitude":
+            return {name: p.detach().abs() for name, p in prunable(model).items()}
+        T, device = self.diffusion.T, self.device
+        x0, _, noise = batch_at(self.images, 0, MASK_SEED // 1000 + job.seed, self.args.batch, False, T,
+                                torch.Generator(device))
+        times = (torch.full((len(x0),), t, device=device) for t in range(0, T, T // TAYLOR_STEPS))
+        return taylor_scores(model, (self.diffusion.loss(model, x0, t, noise) for t in times))
 
     def find_masks(self, job):
-        """The ticket of this round, from the weights that the round before ended with."""
-        before = self.load(self.parent(job))
-        model = self.new_model(job.seed)
-        model.load_state_dict(before["model"])
-        masks = prune_magnitude(model, unpack_masks(model, before["masks"]), self.args.prune_rate, self.args.scope)
-        if job.arm == "random":
-            generator = torch.Generator().manual_seed(REINIT_SEED + 1000 * job.round + job.seed)
-            masks = random_masks(masks, generator)
-        return masks
+        """The ticket of this round: from the weights that the parent ended with, or from theta_0."""
+        a, iterates = self.args, self.args.method == "imp"
+        if a.method in ("imp", "oneshot"):
+            model, masks = self.rebuild(self.load(self.parent(job)))
+        else:
+            model = self.new_model(job.seed)
+            masks = dense_masks(model)
+        fraction = a.prune_rate if iterates else 1 - (1 - a.prune_rate) ** job.round
+        scope, rates = SCOPES.get(a.method, a.scope), None
+        if scope == "ramp":
+            scope, rates = "global", ramp_rates(model, a.prune_rate)
+        elif scope == "cka":
+            scope, rates = "global", cka_rates(model, self.similarity(job.seed), a.prune_rate)
+        return prune_scores(self.scores(job, model), masks, fraction, scope, rates)
+
+    def similarity(self, seed):
+        """{residual block: mean CKA of its convolutions' weights} of two dense runs from one theta_k that saw
+        the data in different orders (2310.18823 compares tickets so)."""
+        twin, probe = (self.rebuild(self.load(Job(seed, 0, arm)))[0] for arm in ("twin", "probe"))
+        other, by_block = prunable(probe), {}
+        for name, p in prunable(twin).items():
+            if p.dim() == 4 and len(p) > 3:
+                value = metrics.cka(p.detach().cpu(), other[name].detach().cpu())
+                by_block.setdefault(blocks_of(twin)[name], []).append(value)
+        return {block: float(np.mean(values)) for block, values in by_block.items()}
+
+    def find_channels(self, job):
+        """Which hidden channels of the dense network live in this round's channel ticket."""
+        before, a = self.load(self.parent(job)), self.args
+        model, _ = self.rebuild(before)
+        channels = before["channels"] or dense_channels(model)
+        fraction = a.prune_rate if a.method == "imp" else 1 - (1 - a.prune_rate) ** job.round
+        left, found = prune_channels(model, dense_channels(model), fraction, a.scope), {}
+        for block, old in channels.items():  # from positions in the smaller network to the dense one's
+            found[block] = old.clone()
+            found[block][old] = left[block]
+        return found
+
+    def ticket(self, job):
+        """(masks, channels) of a job: one of them None, both for a dense network."""
+        if job.arm in ("dense", "twin", "probe", "small"):
+            return None, None
+        channel = self.args.granularity == "channel"
+        if job.arm in ("rewind", "transform"):
+            return (None, self.find_channels(job)) if channel else (self.find_masks(job), None)
+        state = self.load(Job(job.seed, job.round, "rewind"))  # a control restarts the ticket that was found
+        generator = torch.Generator().manual_seed(MASK_SEED + 1000 * job.round + job.seed)
+        if channel:
+            return None, (random_channels(state["channels"], self.new_model(job.seed), generator)
+                          if job.arm == "random" else state["channels"])
+        masks = self.rebuild(state)[1]
+        return (random_masks(masks, generator) if job.arm == "random" else masks), None
 
     def start(self, job):
-        """(model, masks, first step, changed training options): how this arm restarts, protocol line 4."""
+        """(model, masks, channels, first step, changed training options): how this arm restarts."""
+        masks, channels = self.ticket(job)
+        first, changed = self.k, {}
         if job.arm == "dense":
+            model, first = self.new_model(job.seed), 0
+        elif job.arm == "small":
+            row = self.load(Job(job.seed, job.round, "rewind"))["row"]
             model = self.new_model(job.seed)
-            return model, dense_masks(model), 0, {}
-        if job.arm == "reinit":
-            model, masks = self.new_model(REINIT_SEED + job.seed), self.find_masks(job)
-            rewind(model, masks, model.state_dict())
-            return model, masks, 0, {}
-        model = self.new_model(job.seed)
-        masks = dense_masks(model) if job.arm == "twin" else self.find_masks(job)
-        if job.arm == "finetune":
-            rewind(model, masks, self.load(self.parent(job))["model"])
-            return model, masks, self.k, dict(lr=FINETUNE_LR * self.args.lr, lr_schedule="constant", warmup=0)
-        rewind(model, masks, load_state(theta_path(self.args.out, job.seed))["model"])
-        return model, masks, self.k, {}
+            rest = sum(p.numel() for p in model.parameters()) - row["total_weights"]  # biases and norms
+            model, first = self.new_model(job.seed, **narrower(model.config, row["live_weights"] + rest)), 0
+        elif job.arm == "reinit":
+            model, first = self.new_model(REINIT_SEED + job.seed), 0
+        elif job.arm == "transform":
+            model, first = self.new_model(job.seed), 0
+        elif job.arm == "rewind" and self.args.method == "rst":
+            model, _ = self.rebuild(self.load(self.parent(job)))
+        elif job.arm == "finetune":
+            before = self.load(self.parent(job) or Job(job.seed, 0, "dense"))
+            model, _ = self.rebuild(before)
+            changed = dict(lr=FINETUNE_LR * self.args.lr, lr_schedule="constant", warmup=0)
+            if channels is not None and before["channels"]:  # positions in the parent's smaller network
+                channels_here = {block: channels[block][old] for block, old in before["channels"].items()}
+                return shrink(model, channels_here), None, channels, first, changed
+        else:
+            model = self.theta(job.seed)
+        if channels is not None:
+            model = shrink(model, channels)
+        elif masks is not None and job.arm != "transform":
+            apply_masks(model, masks)
+        return model, masks, channels, first, changed
+
+    # one job
 
     def options(self, job, **changed):
         """Keyword arguments of ddpm.train: arms of one seed share them, and so their batches, t and noise."""
         a = self.args
-        return dict(steps=a.steps, batch=a.batch, lr=a.lr, lr_schedule=a.lr_schedule, optimizer=a.optimizer,
-                    ema_decay=a.ema, flip=a.dataset.startswith("cifar"), seed=job.seed, precision=self.precision,
+        order = PROBE_SEED + job.seed if job.arm == "probe" else job.seed
+        steps = round(RST_SHARE * a.steps) if job.arm == "transform" else a.steps
+        return dict(steps=steps, batch=a.batch, lr=a.lr, lr_schedule=a.lr_schedule, optimizer=a.optimizer,
+                    ema_decay=a.ema, flip=a.dataset.startswith("cifar"), seed=order, precision=self.precision,
                     warmup=max(1, a.steps // 20), label=str(job)) | changed
 
-    def train(self, job, guard):
-        """Train one job, going on from its partial state if there is one: (model, ema, masks, losses, seconds)."""
-        partial = job.path(self.args.out, ".partial.pt")
-        model, masks, start, changed = self.start(job)
-        state = load_state(partial) if os.path.exists(partial) else None
-        hooks = mask_hooks(model, masks) if job.arm not in ("dense", "twin") else {}
+    def hooks(self, job, model, masks):
+        """(hooks of ddpm.train, RigL or None) that keep, move or squeeze out this job's masks."""
+        a = self.args
         if job.arm == "dense":
-            hooks["after_step"] = self.keep_theta(job, model)
+            return dict(after_step=self.keep_theta(job, model)), None
+        if job.arm == "transform":
+            return rst_hooks(model, masks, round(RST_SHARE * a.steps)), None
+        if masks is None:
+            return {}, None
+        if a.method in ("rigl", "set") and job.arm == "rewind":
+            moving = RigL(model, masks, a.steps, every=max(1, min(100, a.steps // 50)), seed=job.seed,
+                          grow="gradient" if a.method == "rigl" else "random")
+            return dict(after_backward=moving.after_backward, after_step=moving.after_step), moving
+        return mask_hooks(model, masks), None
+
+    def train(self, job, guard):
+        """Train one job, going on from its partial state if there is one: (model, ema, masks, the rest)."""
+        partial = job.path(self.args.out, ".partial.pt")
+        model, masks, channels, start, changed = self.start(job)
+        state = load_state(partial) if os.path.exists(partial) else None
+        hooks, moving = self.hooks(job, model, masks)
+        if moving and state:
+            moving.masks = unpack_masks(model, state["moving"])
         before, began = (state["seconds"] if state else 0.0), time.monotonic()
 
         def save(state):
-            save_state(partial, state | dict(seconds=before + time.monotonic() - began))
+            save_state(partial, state | dict(seconds=before + time.monotonic() - began,
+                                             moving=pack_masks(moving.masks) if moving else None))
         with guard.training(save):
-            ema, losses = train(model, self.diffusion, self.images, start=start, state=state, checkpoint=guard,
-                                **self.options(job, **changed), **hooks)
-        return model, ema.model, masks, losses, before + time.monotonic() - began
+            ema, losses = train(model, self.diffusion, self.images, start=start, state=state,
+                                checkpoint=guard, **self.options(job, **changed), **hooks)
+        if job.arm == "transform" or masks is None:
+            masks = dense_masks(model)  # nothing is cut yet, or what was cut is gone from the network
+        return model, ema.model, moving.masks if moving else masks, dict(
+            channels=channels, losses=losses, seconds=before + time.monotonic() - began,
+            steps=self.options(job)["steps"] - start)
 
     def keep_theta(self, job, model):
         """A hook that saves theta_k, once, in the dense run; theta_0 is saved at once."""
@@ -197,7 +377,7 @@ class Experiment:
         if self.k == 0:
             save_state(path, dict(model=model.state_dict()))
 
-        def after_step(step, model, optimizer):
+        def after_step(step, model, optimizer, ema):
             if step + 1 == self.k:
                 save_state(path, dict(model=model.state_dict()))
         return after_step
@@ -207,32 +387,39 @@ class Experiment:
         a, shape = self.args, self.images.shape[1:]
         with metrics.PeakMemory(self.device) as memory:
             began = time.monotonic()
-            samples = draw_samples(model, self.diffusion, self.x_T(a.samples), self.precision, a.sampler, a.nfe,
-                                   label=f"{job}: sample")
+            samples = draw_samples(model, self.diffusion, self.x_T(a.samples), self.precision, a.sampler,
+                                   a.nfe, label=f"{job}: sample")
             seconds = time.monotonic() - began
-        feats = metrics.features(self.classifier, samples)
         macs = metrics.count_macs(model, torch.zeros(1, *shape, device=self.device),
                                   torch.zeros(1, dtype=torch.int64, device=self.device), masks)
         ticket = job.path(a.out, ".ticket")
         with atomic(ticket) as temporary:
             save_ticket(temporary, model, masks)
-        return samples[:16], dict(
-            fid_domain=metrics.frechet_distance(*metrics.statistics(feats), *self.reference), n_samples=a.samples,
-            val_loss=self.val_loss(model), macs_dense=sum(d for d, _ in macs.values()),
+        return samples[:16], self.quality(samples) | dict(
+            n_samples=a.samples, val_loss=self.val_loss(model), macs_dense=sum(d for d, _ in macs.values()),
             macs_live=sum(live for _, live in macs.values()), ticket_bytes=os.path.getsize(ticket),
             seconds_per_1000=1000 * seconds / a.samples, sample_memory=memory.bytes)
 
-    def spent(self, job, steps, macs):
-        """What it took to get here, the rounds before included: training steps, and MACs at 3 live network
-        evaluations an image and step (forward, and twice backward), which is what a sparse machine would do."""
-        if job.arm == "dense":
-            before = dict(train_steps_total=0, train_macs_total=0)
-        elif job.arm == "twin":  # theta_k is all that it takes from the dense run
-            before = dict(train_steps_total=self.k, train_macs_total=3 * macs * self.args.batch * self.k)
-        else:
-            before = self.load(self.parent(job))["row"]
-        return dict(train_steps_total=before["train_steps_total"] + steps,
-                    train_macs_total=before["train_macs_total"] + 3 * macs * self.args.batch * steps)
+    def quality(self, samples):
+        """The quality columns of uint8 samples: in the domain classifier's features, and in Inception's where
+        there is one. Precision and recall stand beside each FID, which can improve while images get worse."""
+        feats, real = (metrics.features(self.classifier, x) for x in (samples, self.real))
+        precision, recall = metrics.precision_recall(real, feats)
+        columns = dict(fid_domain=metrics.fid(feats, self.reference), precision_domain=precision,
+                       recall_domain=recall)
+        if self.inception is None:
+            return columns
+        feats, logits = metrics.features(self.inception, samples, logits=True)
+        real = metrics.features(self.inception, self.real)
+        kid, error = metrics.kid(feats, real, subset_size=min(1000, len(feats), len(real)))
+        precision, recall = metrics.precision_recall(real, feats)
+        score, _ = metrics.inception_score(logits.softmax(1))  # of the logits, fc bias included
+        return columns | dict(fid=metrics.fid(feats, self.inception_reference), kid=kid, kid_error=error,
+                              inception_score=score, precision=precision, recall=recall)
+
+    def x_T(self, n):
+        """The starting noise (n, C, H, W) that every model is sampled from."""
+        return torch.randn(n, *self.images.shape[1:], generator=torch.Generator().manual_seed(EVAL_SEED))
 
     def val_loss(self, model):
         """Held-out mean squared error on eps at fixed t (spread evenly) and noise: paired across tickets."""
@@ -243,23 +430,40 @@ class Experiment:
         parts = zip(*(v.to(self.device).split(250) for v in (x0, t, noise)))
         return sum(self.diffusion.loss(predict, *part).item() * len(part[0]) for part in parts) / len(x0)
 
+    def spent(self, job, steps, macs_dense, macs_live):
+        """What it took to get here, the runs before included: training steps, and MACs at 3 live network
+        evaluations an image and step (forward, and twice backward): what a sparse machine would do."""
+        parent, each = self.parent(job), 3 * macs_live
+        if self.args.method == "rigl" and job.arm == "rewind":  # now and then a dense gradient (1911.11134)
+            every = max(1, min(100, self.args.steps // 50))
+            each = (3 * macs_live * every + 2 * macs_live + macs_dense) / (every + 1)
+        before = dict(train_steps_total=0, train_macs_total=0)
+        if job.round == 0 and parent:  # theta_k is all that it takes from the dense run
+            before = dict(train_steps_total=self.k, train_macs_total=each * self.args.batch * self.k)
+        elif parent:
+            before = self.load(parent)["row"]
+        return dict(train_steps_total=before["train_steps_total"] + steps,
+                    train_macs_total=round(before["train_macs_total"] + each * self.args.batch * steps))
+
     def run(self, job, guard):
         """Do one job from start to its saved state; return its row of the table."""
         with metrics.PeakMemory(self.device) as memory:
-            model, ema, masks, losses, seconds = self.train(job, guard)
-        live, total = sum(live_counts(masks).values()), sum(m.numel() for m in masks.values())
+            model, ema, masks, done = self.train(job, guard)
+        live = sum(live_counts(masks).values())
+        total = sum(p.numel() for p in prunable(self.new_model(0)).values())
         row = dict(seed=job.seed, round=job.round, arm=job.arm, sparsity=1 - live / total, live_weights=live,
-                   total_weights=total, train_loss=losses[-1][1], train_seconds=seconds, train_memory=memory.bytes,
-                   steps=self.args.steps - (0 if job.arm in ("dense", "reinit") else self.k))
+                   total_weights=total, train_loss=done["losses"][-1][1], train_seconds=done["seconds"],
+                   train_memory=memory.bytes, steps=done["steps"])
         pictures, measured = self.evaluate(job, ema, masks)
-        row |= measured | self.spent(job, row["steps"], measured["macs_live"])
-        save_state(job.path(self.args.out), dict(model=model.state_dict(), ema=ema.state_dict(), losses=losses,
-                                                 masks=pack_masks(masks), row=row, pictures=pictures))
+        row |= measured | self.spent(job, row["steps"], measured["macs_dense"], measured["macs_live"])
+        save_state(job.path(self.args.out), dict(
+            config=model.config, model=model.state_dict(), ema=ema.state_dict(), masks=pack_masks(masks),
+            channels=done["channels"], losses=done["losses"], row=row, pictures=pictures))
         return row
 
 
 class Guard:
-    """Decides when a training state is saved: every minute, and at once when Ctrl-C or the system says stop."""
+    """Decides when a training state is saved: every minute, and at once on Ctrl-C or SIGTERM."""
     EVERY = 60.0  # seconds
 
     def __init__(self):
@@ -311,11 +515,11 @@ def load_state(path):
     except Exception as error:  # a damaged file fails in a dozen ways
         raise OSError(f"{path} is damaged ({type(error).__name__}); delete it and run again")
     if version != FORMAT:
-        raise OSError(f"{path} was written by another version (format {version}, not {FORMAT}); use a new --out")
+        raise OSError(f"{path} is of another version (format {version}, not {FORMAT}); use a new --out")
     return state
 
 
-FREE = ("device", "precision", "data_dir", "out")  # flags that may differ when a run is taken up again
+FREE = ("device", "precision", "data_dir", "out", "inception")  # may differ when a run goes on
 
 
 def check_config(args, parser):
@@ -329,7 +533,8 @@ def check_config(args, parser):
             parser.error(f"{path} is damaged; delete the folder or choose another --out")
         for name in now:
             if then.get(name) != now[name]:
-                parser.error(f"argument --{name.replace('_', '-')}: {args.out} was made with {then.get(name)}, not "
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"argument {flag}: {args.out} was made with {then.get(name)}, not "
                              f"{now[name]}; choose another --out, or the same flags to go on")
     return now
 
@@ -342,8 +547,10 @@ def provenance(exp, command):
                 processor=processor_name(exp.device), threads=torch.get_num_threads(),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                               scipy=scipy.__version__, pillow=PIL.__version__),
-                data_hash=metrics.images_hash(exp.images.cpu()), classifier_hash=metrics.weights_hash(exp.classifier),
-                primary_metric="fid_domain", margin=MARGIN, floor=exp.floor)
+                data_hash=metrics.images_hash(exp.images.cpu()),
+                classifier_hash=metrics.weights_hash(exp.classifier),
+                primary_metric="fid_domain", margin=MARGIN, floor=exp.floor,
+                inception_floor=exp.inception_floor)
 
 
 def processor_name(device):
@@ -354,7 +561,8 @@ def processor_name(device):
 
 def read_rows(args):
     """{job: row} of the jobs that are done, from their state files."""
-    return {job: load_state(job.path(args.out))["row"] for job in plan(args) if os.path.exists(job.path(args.out))}
+    done = [job for job in plan(args) if os.path.exists(job.path(args.out))]
+    return {job: load_state(job.path(args.out))["row"] for job in done}
 
 
 def write_results(args, rows):
@@ -370,28 +578,33 @@ def write_results(args, rows):
 def announce(exp, jobs, rows):
     """Print device and why, model, plan, and how long it will take here; return seconds a job, by arm."""
     a, model = exp.args, exp.new_model(0)
-    weights, total = sum(p.numel() for p in prunable(model).values()), sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() for p in prunable(model).values())
+    total = sum(p.numel() for p in model.parameters())
     step, network = time_step(exp, model), time_network(exp, model)
     share = 1 - exp.k / a.steps
-    cost = {arm: a.steps * step * (1 if arm in ("dense", "reinit") else share) + (a.samples * a.nfe + VAL_IMAGES) * network
-            for arm in ("dense", "twin", *ARMS)}
+    whole = dict.fromkeys(("dense", "reinit", "small"), 1.0) | {"transform": RST_SHARE}
+    cost = {arm: a.steps * step * whole.get(arm, share) + (a.samples * a.nfe + VAL_IMAGES) * network
+            for arm in ("dense", "twin", "probe", "transform", *ARMS)}
     left = sum(cost[job.arm] for job in jobs if job not in rows)
     print(f"device     {exp.device} ({exp.why_device}), {exp.precision} ({exp.why_precision})\n"
-          f"data       {a.dataset}: {len(exp.images):,} training and {len(exp.test):,} test images; domain classifier "
-          f"{metrics.weights_hash(exp.classifier)}, floor {exp.floor:.2f} at n={min(a.samples, len(exp.test)):,}\n"
+          f"data       {a.dataset}: {len(exp.images):,} training and {len(exp.test):,} test images; domain "
+          f"classifier {metrics.weights_hash(exp.classifier)}, floor {exp.floor:.2f} at n="
+          f"{min(a.samples, len(exp.test)):,}\n"
+          f"fid        {exp.why_inception}\n"
           f"model      U-Net {a.preset}: {total:,} parameters, {weights:,} of them prunable\n"
-          f"plan       seeds {a.seeds}; {a.rounds} rounds of -{100 * a.prune_rate:.1f} % ({a.scope}), down to "
-          f"{100 * (1 - a.prune_rate) ** a.rounds:.1f} % of the weights; rewind to step {exp.k} of {a.steps}\n"
+          f"plan       seeds {a.seeds}; {a.method} by {a.granularity}, {a.scope}, {a.rounds} rounds of "
+          f"-{100 * a.prune_rate:.1f} %, down to {100 * (1 - a.prune_rate) ** a.rounds:.1f} %; rewind to "
+          f"step {exp.k} of {a.steps}\n"
           f"           {len(jobs)} runs, {len(rows)} of them done; about {clock(left)} to go here "
           f"({step:.3f} s a step of {a.batch})", flush=True)
     return cost
 
 
 def time_step(exp, model, repeats=5):
-    """Median seconds of a training step, after two to warm up."""
+    """Median seconds of a training step, after two to warm up; at rate 0, so that it cannot diverge."""
     marks = []
     train(model, exp.diffusion, exp.images, after_step=lambda *_: marks.append(time.monotonic()),
-          **exp.options(Job(0, 0, "dense"), steps=repeats + 2, label="timing"))
+          **exp.options(Job(0, 0, "dense"), steps=repeats + 2, lr=0.0, label="timing"))
     return float(np.median(np.diff(marks)[1:]))
 
 
@@ -408,8 +621,8 @@ def clock(seconds):
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def summarise(rows):
-    """The table at the end: a line for every round and arm, mean and standard deviation over seeds."""
+def summarise(rows, floors, n):
+    """The table at the end: for every round and arm mean and standard deviation over seeds; the floors."""
     groups = {}
     for row in rows.values():
         groups.setdefault((row["round"], row["arm"]), []).append(row)
@@ -421,28 +634,33 @@ def summarise(rows):
             return form.format(np.mean(values)) + deviation
         one = group[0]
         table.append([round, arm, f"{100 * one['sparsity']:.1f} %", f"{one['live_weights']:,}", len(group),
-                      spread("fid_domain"), spread("val_loss", "{:.4f}"), f"{one['macs_live'] / 1e6:.1f}",
-                      f"{one['ticket_bytes'] / 1e3:,.0f}", f"{np.mean([r['train_seconds'] for r in group]):.0f}",
+                      spread("fid_domain"), spread("fid") if "fid" in one else "",
+                      spread("val_loss", "{:.4f}"),
+                      f"{one['macs_live'] / 1e6:.1f}",
+                      f"{one['ticket_bytes'] / 1e3:,.0f}",
+                      f"{np.mean([r['train_seconds'] for r in group]):.0f}",
                       f"{np.mean([r['seconds_per_1000'] for r in group]):.1f}"])
-    header = ["round", "arm", "pruned", "live weights", "seeds", "fid_domain", "val_loss", "live MMACs", "ticket kB",
-              "train s", "s/1000"]
-    return header, table
+    header = ["round", "arm", "pruned", "live weights", "seeds", "fid_domain", "fid", "val_loss",
+              "live MMACs", "ticket kB", "train s", "s/1000"]
+    inception = "" if floors[1] is None else f"{floors[1]:.2f}"
+    return header, [*table, ["", "floor", f"n={n:,}", "", "", f"{floors[0]:.2f}", inception, *[""] * 5]]
 
 
 def conclude(exp, rows):
     """One sentence a control round: the verdict, or without three seeds the figures and 'no verdict'."""
     a, said, tables = exp.args, [], {}
-    if {"reinit", "random"} <= set(a.arms):
-        for round in a.control_rounds:
-            arms = dict(dense=(0, "dense"), ticket=(round, "rewind"), reinit=(round, "reinit"), random=(round, "random"))
-            tables[round] = {name: {job.seed: row["fid_domain"] for job, row in rows.items() if job[1:] == key}
-                             for name, key in arms.items()}
+    for round in a.control_rounds if {"reinit", "random"} <= set(a.arms) else ():
+        keys = dict(dense=(0, "dense"), ticket=(round, "rewind"), reinit=(round, "reinit"),
+                    random=(round, "random"))
+        tables[round] = {name: {job.seed: row["fid_domain"] for job, row in rows.items() if job[1:] == key}
+                         for name, key in keys.items()}
     for round, verdict in metrics.verdicts(tables, margin=MARGIN).items():
         means = {name: np.mean(list(values.values())) for name, values in tables[round].items() if values}
         if len(means) == 4:
             pruned = 100 * (1 - (1 - a.prune_rate) ** round)
-            said.append(f"At {pruned:.1f} % sparsity fid_domain is " + ", ".join(
-                f"{name} {value:.1f}" for name, value in means.items()) + f" (floor {exp.floor:.1f}); {verdict}.")
+            figures = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
+            said.append(f"At {pruned:.1f} % sparsity fid_domain is {figures} (floor {exp.floor:.1f}); "
+                        f"{verdict}.")
     if a.samples < 10_000:
         said.append(f"{a.samples:,} samples a figure: not comparable with papers, only within this table.")
     return "\n".join(said)
@@ -456,33 +674,40 @@ def draw_everything(exp, rows):
             f"{a.sampler} with {a.nfe} network evaluations; n={a.samples:,} samples; seeds {a.seeds}.")
     tiles = [(f"{job.arm}\n{100 * rows[job]['sparsity']:.1f} % pruned\nfid {rows[job]['fid_domain']:.1f}",
               state["pictures"][:12]) for job, state in states.items()]
-    sample_rows(tiles, os.path.join(a.out, "samples_by_sparsity.png"), "The same starting noise at every sparsity",
+    sample_rows(tiles, os.path.join(a.out, "samples_by_sparsity.png"),
+                "The same starting noise at every sparsity",
                 f"Columns share x_T. fid: fid_domain. Seed {seed}. {note}")
     draw_quality(exp, rows, note)
-    chain = [job for job in states if job.arm in ("dense", "rewind")]
-    names = list(prunable(exp.new_model(seed)))
-    densities = {job: {n: float(m.float().mean()) for n, m in
-                       unpack_masks(exp.new_model(seed), states[job]["masks"]).items()} for job in chain}
-    heat_map([[densities[job][name] for job in chain] for name in names], [n.removesuffix(".weight") for n in names],
-             [str(job.round) for job in chain], os.path.join(a.out, "layers.png"),
-             "Where the ticket lives: density of every layer by round", f"Seed {seed}. {note}", log=True,
-             x_label="round", bar_label="live / all")
-    line_chart([dict(label=f"{job.arm} {100 * (1 - rows[job]['sparsity']):.0f} %", x=[s for s, _ in state["losses"]],
-                     y=[loss for _, loss in state["losses"]],
+    draw_layers(exp, {job: state for job, state in states.items() if job.arm in ("dense", "rewind")}, note)
+    line_chart([dict(label=f"{job.arm} {100 * (1 - rows[job]['sparsity']):.0f} %",
+                     x=[s for s, _ in state["losses"]], y=[loss for _, loss in state["losses"]],
                      style="solid" if job.arm in ("dense", "rewind") else "dashed")
                 for job, state in states.items() if job.round in (0, *a.control_rounds)],
-               os.path.join(a.out, "losses.png"), "Training loss", "step", "mean squared error on eps (log scale)",
-               log_y=True, note=f"Percentages: live weights. Means over windows of 1 % of the steps. Seed {seed}. {note}")
+               os.path.join(a.out, "losses.png"), "Training loss", "step", "mean squared error on eps",
+               log_y=True, note=f"Percentages: live weights. Means of 1 % of the steps. Seed {seed}. {note}")
+
+
+def draw_layers(exp, states, note):
+    """Density of every layer by round; a channel ticket's layers are compared with the dense network's."""
+    sizes = {name: p.numel() for name, p in prunable(exp.new_model(0)).items()}
+    live = {job: live_counts(exp.rebuild(state)[1]) for job, state in states.items()}
+    heat_map([[live[job][name] / size for job in states] for name, size in sizes.items()],
+             [name.removesuffix(".weight") for name in sizes], [str(job.round) for job in states],
+             os.path.join(exp.args.out, "layers.png"),
+             "Where the ticket lives: density of every layer by round", note, log=True,
+             x_label="round", bar_label="live / all")
 
 
 def draw_quality(exp, rows, note):
     """fid_domain against sparsity: arms as lines, dense dashed, floor dotted, seeds as dots."""
     a, series = exp.args, []
-    levels = [("dense", float(np.mean([r["fid_domain"] for j, r in rows.items() if j.arm == "dense"])), "dashed"),
+    dense = float(np.mean([row["fid_domain"] for job, row in rows.items() if job.arm == "dense"]))
+    levels = [("dense", dense, "dashed"),
               (f"floor: {min(a.samples, len(exp.test)):,} test images", exp.floor, "dotted")]
     labels = {"twin": "dense, rewound (twin)", "rewind": "ticket (rewind)", "reinit": "same mask, new init",
-              "random": "shuffled mask", "finetune": "same mask, fine-tuned"}
-    for arm in ("rewind", "twin", *[x for x in a.arms if x != "rewind"]):
+              "random": "shuffled mask", "finetune": "same mask, fine-tuned", "small": "narrower, dense",
+              "transform": "transformed, uncut", "probe": "other data order"}
+    for arm in labels:
         by_round = {}
         for job, row in rows.items():
             if job.arm == arm:
@@ -490,16 +715,18 @@ def draw_quality(exp, rows, note):
         if by_round:
             means, n = [np.mean(v) for v in by_round.values()], max(map(len, by_round.values()))
             spread = [np.std(v, ddof=1) if len(v) > 1 else np.nan for v in by_round.values()]
-            series.append(dict(label=labels[arm], x=list(by_round), y=means, dots=list(by_round.values()) if n > 1 else [],
+            series.append(dict(label=labels[arm], x=list(by_round), y=means,
+                               dots=list(by_round.values()) if n > 1 else [],
                                y_low=np.subtract(means, spread), y_high=np.add(means, spread),
                                style="solid" if arm == "rewind" else "points"))
     ticks = [(r, f"{100 * (1 - (1 - a.prune_rate) ** r):.0f} %") for r in range(a.rounds + 1)]
-    line_chart(series, os.path.join(a.out, "quality_vs_sparsity.png"), "Quality of tickets and controls by sparsity",
-               "weights pruned", "fid_domain (lower is better)", hlines=levels, x_ticks=ticks,
-               note=f"{note} Bars: standard deviation over seeds.")
+    line_chart(series, os.path.join(a.out, "quality_vs_sparsity.png"),
+               "Quality of tickets and controls by sparsity", "weights pruned",
+               "fid_domain (lower is better)",
+               hlines=levels, x_ticks=ticks, note=f"{note} Bars: standard deviation over seeds.")
 
 
-# --------------------------------------------------------------------------- pictures, drawn with Pillow alone
+# ------------------------------------------------------------------------- pictures, drawn with Pillow alone
 
 DRAW, SHRINK = 4, 2     # 4 drawn pixels a unit, averaged 2 by 2: smooth edges, sharp when shown at half size
 WIDTH = 900             # units, the width of a README column
@@ -932,12 +1159,13 @@ def run(args, parser):
         with open(os.path.join(args.out, "log.jsonl"), "a") as file:
             file.write(json.dumps(row) + "\n")
         left = sum(cost[other.arm] for other in jobs if other not in rows)
-        print(f"[{number}/{len(jobs)}] {job}: {100 * row['sparsity']:.1f} % pruned, {row['live_weights']:,} live | "
-              f"fid_domain {row['fid_domain']:.2f} (n={row['n_samples']:,}) | val_loss {row['val_loss']:.4f} | train "
-              f"{row['train_seconds']:.0f} s | about {clock(left)} to go", flush=True)
+        print(f"[{number}/{len(jobs)}] {job}: {100 * row['sparsity']:.1f} % pruned, {row['live_weights']:,} "
+              f"live | fid_domain {row['fid_domain']:.2f} (n={row['n_samples']:,}) | val_loss "
+              f"{row['val_loss']:.4f} | train {row['train_seconds']:.0f} s | about {clock(left)} to go",
+              flush=True)
     write_results(args, rows)
     draw_everything(exp, rows)
-    header, table = summarise(rows)
+    header, table = summarise(rows, (exp.floor, exp.inception_floor), len(exp.real))
     table_text, said = text_table(header, table), conclude(exp, rows)
     with atomic(os.path.join(args.out, "table.md")) as temporary, open(temporary, "w") as file:
         file.write(markdown_table(header, table) + "\n\n" + said + "\n")
@@ -953,7 +1181,7 @@ def main(argv=None):
     except FloatingPointError as error:
         parser.exit(1, f"{error}. What was done before is kept in {args.out}.\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped. The same command goes on from here: results so far are in {args.out}.\n")
+        parser.exit(130, f"\nstopped. The same command goes on from here; what is done is in {args.out}.\n")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from unet import UNet
+from unet import ResBlock, UNet
 
-FLOOR = 0.1  # against layer collapse every layer keeps at least a tenth of the overall density, and one weight
+FLOOR = 0.1  # against layer collapse a layer keeps at least this share of the overall density, and one weight
 
 
 def prunable(model):
     """{name: Parameter} of every Conv2d and Linear weight, named and ordered as in named_parameters()."""
-    names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    layers = (nn.Conv2d, nn.Linear)
+    names = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, layers)}
     return {name: p for name, p in model.named_parameters() if name in names}
 
 
@@ -52,11 +53,13 @@ def prune_magnitude(model, masks, fraction, scope="global", layer_fractions=None
 def prune_scores(scores, masks, fraction, scope="global", layer_fractions=None):
     """New masks without the live weights of the lowest scores; ties are broken, never all cut together.
 
-    scope "global": exactly round(fraction * live) weights go, wherever they are. "layer": exactly that many of
-    each layer. layer_fractions {name: relative rate}: the layers' rates keep these proportions and the total is
-    exactly round(fraction * live). In every case a layer keeps at least max(1, 0.1 * d * n) of its n weights,
-    d being the density aimed at; what that saves is cut elsewhere. Raises ValueError for a fraction outside
-    [0, 1) or one that leaves less than the floors, FloatingPointError for a score that is not finite.
+    scope "global": exactly round(fraction * live) weights go, wherever they are. "layer": exactly that many
+    of each layer. layer_fractions {name: relative rate}: the layers' rates keep these proportions and the
+    total is exactly round(fraction * live). "erk": the same total, the layers' densities in the proportions
+    sum(shape) / prod(shape), no layer above what lives in it (1911.11134, section 3). In every case a layer
+    keeps at least max(1, 0.1 * d * n) of its n weights, d being the density aimed at; what that saves is cut
+    elsewhere. Raises ValueError for a fraction outside [0, 1) or one that leaves less than the floors,
+    FloatingPointError for a score that is not finite.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction={fraction} must lie in [0, 1)")
@@ -66,6 +69,10 @@ def prune_scores(scores, masks, fraction, scope="global", layer_fractions=None):
     live = live_counts(masks)
     if scope == "global" and layer_fractions is None:
         return cut_global(scores, masks, round(fraction * sum(live.values())))
+    if scope == "erk":
+        target = sum(live.values()) - round(fraction * sum(live.values()))
+        size = {name: sum(mask.shape) for name, mask in masks.items()}
+        return keep_largest(scores, masks, allocate(size, target, floors(masks, target), live))
     if layer_fractions is not None:
         cut = round(fraction * sum(live.values()))
         rates = {name: layer_fractions[name] * n for name, n in live.items()}
@@ -73,7 +80,7 @@ def prune_scores(scores, masks, fraction, scope="global", layer_fractions=None):
         rates = {name: round(fraction * n) for name, n in live.items()}
         cut = sum(rates.values())
     else:
-        raise ValueError(f"scope={scope!r}: choose global or layer")
+        raise ValueError(f"scope={scope!r}: choose global, layer or erk")
     floor = floors(masks, sum(live.values()) - cut)
     gone = allocate(rates, cut, {n: 0 for n in live}, {n: live[n] - floor[n] for n in live})
     return keep_largest(scores, masks, {name: live[name] - gone[name] for name in live})
@@ -82,7 +89,8 @@ def prune_scores(scores, masks, fraction, scope="global", layer_fractions=None):
 def floors(masks, target):
     """{name: the least a layer keeps} when `target` weights live in all; never more than live there now."""
     d = target / sum(mask.numel() for mask in masks.values())
-    return {name: min(int(mask.sum()), max(1, math.ceil(FLOOR * d * mask.numel()))) for name, mask in masks.items()}
+    least = {name: max(1, math.ceil(FLOOR * d * mask.numel())) for name, mask in masks.items()}
+    return {name: min(least[name], live) for name, live in live_counts(masks).items()}
 
 
 def cut_global(scores, masks, cut):
@@ -103,7 +111,7 @@ def cut_global(scores, masks, cut):
 
 
 def keep_largest(scores, masks, keep):
-    """Masks with exactly keep[name] live weights in each layer: those of the largest scores among the live."""
+    """Masks with exactly keep[name] live weights in each layer: the largest scores among the live."""
     new = {}
     for name, mask in masks.items():
         rank = scores[name].float().masked_fill(~mask, -torch.inf).flatten()
@@ -123,6 +131,8 @@ def allocate(rates, total, low, high):
         raise ValueError(f"cannot place {total} weights between {sum(low.values())} and {sum(high.values())}")
     names = list(rates)
     rate, lo, hi = (np.array([float(d[name]) for name in names]) for d in (rates, low, high))
+    if not np.isfinite(rate).all():
+        raise ValueError("the rates of the layers must be finite numbers")
     some = rate > 0  # a layer of rate 0 takes only what the others cannot
     left, right = 0.0, float((hi[some] / rate[some]).max(initial=1.0))
     for _ in range(200):
@@ -146,6 +156,78 @@ def random_masks(masks, generator):
         order = torch.randperm(mask.numel(), generator=generator).to(mask.device)
         shuffled[name] = mask.flatten()[order].view(mask.shape)
     return shuffled
+
+
+# ---------------------------------------------------------------------------- other scores, other proportions
+
+def random_scores(model, generator):
+    """Scores that know nothing: the masks of method `random`."""
+    return {name: torch.rand(p.shape, generator=generator).to(p.device)
+            for name, p in prunable(model).items()}
+
+
+def init_scores(model, generator):
+    """|theta_0|, for pruning before any training. The zero-initialised layers have no ranking: random there.
+
+    Use with scope "layer": a global ranking would empty exactly those layers.
+    """
+    random = random_scores(model, generator)
+    return {name: p.detach().abs() if bool(p.any()) else random[name] for name, p in prunable(model).items()}
+
+
+def taylor_scores(model, losses, stop=0.05):
+    """|w * gradient|, the gradient summed over the losses of successive time steps (2305.10924, section 3).
+
+    losses: an iterable of scalar losses L_t, made one by one. The sum stops at the first L_t below `stop`
+    times the largest so far: late, nearly noise-free steps would drown the score in their own noise.
+    """
+    model.zero_grad()
+    largest = 0.0
+    for loss in losses:
+        largest = max(largest, loss.item())
+        if loss.item() < stop * largest:
+            break
+        loss.backward()
+    scores = {name: (p * p.grad).detach().abs() for name, p in prunable(model).items()}
+    model.zero_grad()
+    return scores
+
+
+def blocks_of(model):
+    """{name of a prunable weight: name of the residual block it belongs to}, in U-Net order.
+
+    Layers outside of the blocks (stem, time embedding, attention, changes of resolution, head) belong to the
+    block before them, the first ones to the first block.
+    """
+    blocks = [name for name, module in model.named_modules() if isinstance(module, ResBlock)]
+    current, owner = blocks[0], {}
+    for name in prunable(model):
+        current = next((block for block in blocks if name.startswith(block + ".")), current)
+        owner[name] = current
+    return owner
+
+
+def ramp_rates(model, p=0.2, q=0.01):
+    """layer_fractions that grow with depth: block j of J loses (p + j q) a round (2310.18823, algorithm 1).
+
+    Taken literally this empties the late blocks; prune_scores multiplies the rates by one constant so that
+    the requested overall density holds, and keeps its floor.
+    """
+    owner = blocks_of(model)
+    number = {block: j for j, block in enumerate(dict.fromkeys(owner.values()))}
+    return {name: p + q * number[block] for name, block in owner.items()}
+
+
+def cka_rates(model, similarity, p=0.2, q=0.01):
+    """layer_fractions from measured similarity {block: CKA}: blocks that agree more are pruned less.
+
+    The rates spread linearly over as wide a range, q * (J - 1), as the ramp's, around p.
+    """
+    values = list(similarity.values())
+    middle, width = sum(values) / len(values), max(max(values) - min(values), 1e-12)
+    span = q * (len(values) - 1)
+    rate = {block: p + span * (middle - value) / width for block, value in similarity.items()}
+    return {name: max(rate[block], 0.0) for name, block in blocks_of(model).items()}
 
 
 # ----------------------------------------------------------------------------------------------- restarting
@@ -176,10 +258,194 @@ def mask_hooks(model, masks):
         torch._foreach_mul_([p.grad for p in weights], factors)
 
     @torch.no_grad()
-    def after_step(step, model, optimizer):
+    def after_step(step, model, optimizer, ema):
         torch._foreach_mul_(weights, factors)
 
     return dict(after_backward=after_backward, after_step=after_step)
+
+
+# ----------------------------------------------------------------------------- masks that move while training
+
+class RigL:
+    """Dynamic sparse training (1911.11134, section 3) as the two hooks of ddpm.train; `masks` follows along.
+
+    Every `every` steps while step < until * steps, each layer drops the share alpha/2 * (1 + cos(pi step /
+    T_end)) of its live weights with the smallest |w| and grows as many where the dense gradient is largest
+    among all that were not kept. What was not alive before starts at 0 with fresh moments; a weight dropped
+    and grown in one go keeps its value. The update of the masks takes the place of that step's update of the
+    weights. grow="random" is SET (1707.04780). Every layer's count of live weights stays what it was.
+    """
+
+    def __init__(self, model, masks, steps, every=100, alpha=0.3, until=0.75, grow="gradient", seed=0):
+        self.weights, self.masks = prunable(model), {name: mask.clone() for name, mask in masks.items()}
+        self.every, self.alpha, self.end, self.grow = every, alpha, until * steps, grow
+        self.seed, self.fresh = seed, {}
+
+    def after_backward(self, step, model):
+        moves = step > 0 and step % self.every == 0 and step < self.end
+        if moves:
+            self.move(step)
+        for name, p in self.weights.items():
+            p.grad.mul_(self.masks[name])
+        return moves
+
+    @torch.no_grad()
+    def move(self, step):
+        """Drop and grow in every layer; remember in self.fresh what starts anew."""
+        share = self.alpha / 2 * (1 + math.cos(math.pi * step / self.end))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        for name, p in self.weights.items():
+            before, count = self.masks[name], int(self.masks[name].sum())
+            moved = math.floor(share * count)
+            kept = keep_largest({name: p.abs()}, {name: before}, {name: count - moved})[name]
+            wish = (p.grad.abs() if self.grow == "gradient" else
+                    torch.rand(p.shape, generator=generator).to(p.device))
+            grown = keep_largest({name: wish}, {name: ~kept}, {name: moved})[name]
+            self.masks[name], self.fresh[name] = kept | grown, grown & ~before
+            p.masked_fill_(~self.masks[name], 0.0)
+
+    @torch.no_grad()
+    def after_step(self, step, model, optimizer, ema):
+        for name, p in self.weights.items():
+            p.masked_fill_(~self.masks[name], 0.0)
+            for moment in optimizer.state.get(p, {}).values():
+                if torch.is_tensor(moment) and moment.shape == p.shape and name in self.fresh:
+                    moment.masked_fill_(self.fresh[name], 0.0)
+        if self.fresh:
+            apply_masks(ema.model, self.masks)
+            self.fresh = {}
+
+
+def rst_hooks(model, masks, steps, total=10.0):
+    """Dual lottery ticket (2203.04248, section 4): hooks of the transformation that squeezes a random mask's
+    complement out of the network before it is cut.
+
+    The weights that will go get no gradient, only a decoupled shrinkage w <- w * (1 - lr * lambda): a
+    gradient term would be normalised away by Adam. lambda grows linearly over the first 5/9 of the steps and
+    is then held (the authors' 50,000 and 40,000), scaled so that the sum of lr * lambda is `total`: what is
+    left is about e**-total.
+    """
+    shape = [min(1.0, (step + 1) / max(1, 5 * steps // 9)) for step in range(steps)]
+    rates = [total * value / sum(shape) for value in shape]
+    if max(rates) >= 1:
+        raise ValueError(f"{steps} steps are too few to shrink weights by a sum of {total}")
+    weights = prunable(model)
+
+    def after_backward(step, model):
+        for name, p in weights.items():
+            p.grad.mul_(masks[name])
+
+    @torch.no_grad()
+    def after_step(step, model, optimizer, ema):
+        for name, p in weights.items():
+            p.mul_(torch.where(masks[name], 1.0, 1.0 - rates[step]))
+
+    return dict(after_backward=after_backward, after_step=after_step)
+
+
+# -------------------------------------------------------------------------- channel tickets: smaller for real
+
+def dense_channels(model):
+    """{block name: bool (hidden,)}: all channels between conv1 and conv2 of every residual block."""
+    return {name: torch.ones(block.conv1.out_channels, dtype=torch.bool)
+            for name, block in model.named_modules() if isinstance(block, ResBlock)}
+
+
+def channel_scores(block):
+    """Root mean square of the weights that a GroupNorm group of hidden channels is made of: conv1's rows and
+    conv2's columns, (groups,); a mean, so that blocks of different widths can be ranked together."""
+    groups = block.norm2.num_groups
+    rows = block.conv1.weight.detach().pow(2).reshape(groups, -1)  # (groups, size*in*9)
+    columns = block.conv2.weight.detach().transpose(0, 1).pow(2).reshape(groups, -1)  # (groups, size*out*9)
+    return torch.cat([rows, columns], dim=1).mean(1).sqrt()
+
+
+def prune_channels(model, channel_masks, fraction, scope="global"):
+    """New channel masks without the weakest round(fraction * live) GroupNorm groups, of the network or, with
+    scope "layer", of each block; every block keeps one group.
+
+    Whole groups only: then norm2 of the shrunk block has fewer groups of the same size and equals the masked
+    one. Raises ValueError for a fraction outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction={fraction} must lie in [0, 1)")
+    blocks, size = dict(model.named_modules()), {}
+    scores, masks = {}, {}
+    for name, mask in channel_masks.items():
+        scores[name] = channel_scores(blocks[name]).cpu()
+        masks[name] = mask.view(len(scores[name]), -1)[:, 0]
+        size[name] = len(mask) // len(scores[name])
+    live = live_counts(masks)
+    cut = {name: round(fraction * n) for name, n in live.items()}
+    if scope == "global":
+        ranked = sorted((score, name) for name in masks  # the best group of a block is not up for it
+                        for score in scores[name][masks[name]].sort().values[:-1].tolist())
+        cut = dict.fromkeys(masks, 0)
+        for _, name in ranked[:round(fraction * sum(live.values()))]:
+            cut[name] += 1
+    kept = keep_largest(scores, masks, {name: max(1, n - cut[name]) for name, n in live.items()})
+    return {name: mask.repeat_interleave(size[name]) for name, mask in kept.items()}
+
+
+def random_channels(channel_masks, model, generator):
+    """The control: as many groups live in every block, chosen at random."""
+    blocks, new = dict(model.named_modules()), {}
+    for name, mask in channel_masks.items():
+        groups = blocks[name].norm2.num_groups
+        new[name] = mask.view(groups, -1)[torch.randperm(groups, generator=generator)].flatten()
+    return new
+
+
+def _hidden_axes(name, blocks):
+    """(block, axis of the hidden channels) of a parameter, or None for one that has no hidden channels."""
+    block = next((b for b in blocks if name.startswith(b + ".")), None)
+    part = name.removeprefix(f"{block}.")
+    if block is not None and part.split(".")[0] in ("conv1", "time", "norm2"):
+        return block, 0  # rows of conv1 and of the time projection, their biases, the norm's scale and shift
+    return (block, 1) if block is not None and part == "conv2.weight" else None
+
+
+@torch.no_grad()
+def silence(model, channel_masks):
+    """Zero all that belongs to the pruned hidden channels, in place: the masked twin of shrink's model."""
+    for name, p in model.named_parameters():
+        place = _hidden_axes(name, channel_masks)
+        if place:
+            p.index_fill_(place[1], (~channel_masks[place[0]]).nonzero().flatten().to(p.device), 0.0)
+
+
+def shrink(model, channel_masks):
+    """A smaller UNet with the outputs of the silenced one: the pruned hidden channels are gone from memory.
+
+    The widths of the residual stream, of its skips and of attention stay as they are, because every block of
+    a level writes into the same stream; `small`, a narrower network, is the control that shrinks those too.
+    """
+    hidden = {name: int(mask.sum()) for name, mask in channel_masks.items()}
+    small = UNet(**{**model.config, "hidden": hidden}).to(next(model.parameters()).device)
+    state = {}
+    for name, value in model.state_dict().items():
+        place = _hidden_axes(name, channel_masks)
+        if place:
+            value = value.index_select(place[1], channel_masks[place[0]].nonzero().flatten().to(value.device))
+        state[name] = value
+    small.load_state_dict(state)
+    return small
+
+
+def narrower(config, parameters):
+    """UNet arguments of the narrower dense network of about `parameters` parameters: the control `small`.
+
+    Only `base` changes, to a multiple of 4 that GroupNorm can split; the nearest count wins.
+    """
+    sizes = {}
+    for base in range(4, config["base"] + 1, 4):
+        try:
+            with torch.device("meta"):
+                model = UNet(**{**config, "base": base})
+        except ValueError:  # a width that GroupNorm cannot split
+            continue
+        sizes[base] = sum(p.numel() for p in model.parameters())
+    return {**config, "base": min(sizes, key=lambda base: abs(sizes[base] - parameters))}
 
 
 # --------------------------------------------------------------------------------------------- ticket files
@@ -227,5 +493,6 @@ def load_ticket(path):
     except OSError:
         raise
     except Exception as error:  # torch.load fails in a dozen ways on a damaged file
-        raise OSError(f"{path} is not a whole ticket file ({type(error).__name__}); run again to write it anew")
+        raise OSError(f"{path} is not a whole ticket file ({type(error).__name__}); "
+                      "run again to write it anew")
     return model, masks

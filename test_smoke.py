@@ -8,7 +8,7 @@ import sys
 import pytest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SMALL = "--steps 40 --batch 32 --samples 64 --nfe 10".split()
+SMALL = "--steps 20 --batch 16 --samples 32 --nfe 4".split()
 
 
 def run(*command):

@@ -1,4 +1,4 @@
-"""The denoiser eps(x, t): the U-Net of Ho et al. (2006.11239, appendix B), small enough to read at one sitting.
+"""The denoiser eps(x, t): the U-Net of Ho et al. (2006.11239, appendix B), to be read at one sitting.
 
     model = UNet(channels=3, **PRESETS["paper"])        # 35,746,307 parameters
     eps = model(x, t)                                   # x (B, C, H, W), t (B,) -> (B, C, H, W)
@@ -37,12 +37,6 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.float()).to(x.dtype)
 
 
-def zero(layer):
-    """Zero a layer's weights: each residual branch, and the whole network, begins as the identity or as 0."""
-    nn.init.zeros_(layer.weight)
-    return layer
-
-
 def time_features(t, dim):
     """Sinusoids of the time step, t (B,) -> (B, dim): wavelengths from 2 pi to 2 pi * 10,000."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2 - 1))
@@ -68,7 +62,7 @@ class ResBlock(nn.Module):
         self.time = nn.Linear(time_dim, hidden)
         self.norm2 = GroupNorm(hidden, hidden // group_size)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero(nn.Conv2d(hidden, out, 3, padding=1))
+        self.conv2 = nn.Conv2d(hidden, out, 3, padding=1)
         self.skip = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
 
     def forward(self, x, emb):
@@ -79,13 +73,13 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head of self-attention over all positions, by explicit matrix products, with a residual around it."""
+    """One head of self-attention over all positions, by explicit matrix products, and a residual."""
 
     def __init__(self, channels):
         super().__init__()
         self.norm = GroupNorm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero(nn.Conv2d(channels, channels, 1))
+        self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
         B, C, H, W = x.shape
@@ -121,7 +115,7 @@ class Upsample(nn.Conv2d):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution on one side of the U, their attention, and the change of resolution after."""
+    """The blocks of one resolution on one side of the U, their attention, and what changes it after."""
 
     def __init__(self, blocks, attention, resample):
         super().__init__()
@@ -160,15 +154,16 @@ class UNet(nn.Module):
     @staticmethod
     def _check(base, mults, blocks, image_size, patch, **_):
         if min(len(mults), blocks, image_size, patch) < 1:
-            raise ValueError(f"mults={mults}, blocks={blocks}, image_size={image_size}, patch={patch}: one at least")
+            raise ValueError(f"mults={mults}, blocks={blocks}, image_size={image_size}, patch={patch}: "
+                             "each must be one at least")
         smallest = patch * 2 ** (len(mults) - 1)
         if image_size % smallest:
             raise ValueError(f"image_size={image_size} must be a multiple of {smallest} "
                              f"(patch {patch}, {len(mults)} levels)")
         for width in [base * m for m in mults]:
             if width < 4 or width % 4 or width % min(32, width // 4):
-                raise ValueError(f"width {width} cannot be split into {min(32, width // 4)} GroupNorm groups; "
-                                 "choose base as a multiple of 4, above 128 of 32")
+                raise ValueError(f"width {width} cannot be split into {min(32, width // 4)} GroupNorm "
+                                 "groups; choose base as a multiple of 4, above 128 of 32")
 
     def _block(self, name, inp, out):
         return ResBlock(inp, out, 4 * self.config["base"], self.config["dropout"],
@@ -203,13 +198,15 @@ class UNet(nn.Module):
                                  Upsample(out) if i else None))
 
     def _initialise(self):
-        """Glorot-uniform weights and zero biases; the last layer of every branch stays at zero."""
+        """Glorot-uniform weights and zero biases; zeros in the last layer of every residual branch and in
+        conv_out, so that each branch begins as the identity and the network as 0."""
+        branches = [m for m in self.modules() if isinstance(m, (ResBlock, Attention))]
+        last = {m.conv2 if isinstance(m, ResBlock) else m.out for m in branches}
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.zeros_(module.bias)
-                if module.weight.any():  # zeroed layers stay zeroed
-                    nn.init.xavier_uniform_(module.weight)
-        zero(self.conv_out)
+                (nn.init.zeros_ if module in last else nn.init.xavier_uniform_)(module.weight)
+        nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x, t):
         """x (B, C, H, W) float, t (B,) -> predicted noise (B, C, H, W) in x's dtype."""

@@ -69,11 +69,11 @@ def assert_same(a, b):
         assert same, path
 
 
-# ------------------------------------------------------------------------------------------ forward process
+# -------------------------------------------------------------------------------------------- forward process
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_composed_steps_are_q(schedule):
-    """q(x_t|x_{t-1}) applied t+1 times is N(sqrt(abar_t) x0, 1 - abar_t), to 1e-12; q_sample says the same."""
+    """q(x_t|x_{t-1}) applied t+1 times is N(sqrt(abar_t) x0, 1 - abar_t), to 1e-12; so is q_sample."""
     diffusion, mean, variance = Diffusion(schedule=schedule), 1.0, 0.0
     for t, beta in enumerate(diffusion.betas.tolist()):
         mean, variance = math.sqrt(1 - beta) * mean, (1 - beta) * variance + beta
@@ -87,14 +87,14 @@ def test_composed_steps_are_q(schedule):
 
 def test_linear_schedule():
     diffusion = Diffusion()
-    assert float(diffusion.betas[0]) == 1e-4 and float(diffusion.betas[-1]) == 0.02 and len(diffusion.betas) == 1000
+    assert diffusion.betas[[0, -1]].tolist() == [1e-4, 0.02] and len(diffusion.betas) == 1000
     assert float(diffusion.betas[1] - diffusion.betas[0]) == pytest.approx(0.0199 / 999, rel=1e-9)
     short = Diffusion(T=100)  # a shorter chain destroys as much signal: log abar within 10 %
     assert float(short.alphas_bar[-1].log() / diffusion.alphas_bar[-1].log()) == pytest.approx(1, abs=0.1)
 
 
 def test_cosine_schedule():
-    """abar_t = f(t+1)/f(0), f(s) = cos^2((s/T + 0.008)/1.008 * pi/2), up to the one clamped beta at the end."""
+    """abar_t = f(t+1)/f(0), f(s) = cos^2((s/T + 0.008)/1.008 * pi/2), up to the clamped beta at the end."""
     diffusion = Diffusion(schedule="cosine")
     f = [math.cos((s / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for s in range(1001)]
     wanted = torch.tensor(f[1:], dtype=torch.float64) / f[0]
@@ -111,7 +111,8 @@ def test_tables_are_float64(schedule):
 
 
 def test_q_sample_broadcasts_over_the_batch_and_keeps_the_dtype():
-    diffusion, x0, noise, t = Diffusion(), normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1), torch.tensor([0, 500, 999])
+    diffusion, t = Diffusion(), torch.tensor([0, 500, 999])
+    x0, noise = normal(3, 2, 4, 4), normal(3, 2, 4, 4, seed=1)
     x = diffusion.q_sample(x0, t, noise)
     for i in range(3):
         abar = float(diffusion.alphas_bar[t[i]])
@@ -124,7 +125,8 @@ def test_q_sample_broadcasts_over_the_batch_and_keeps_the_dtype():
 
 
 def test_loss_is_the_mean_squared_error_on_eps():
-    diffusion, x0, noise, t = Diffusion(), normal(3, 1, 4, 4), normal(3, 1, 4, 4, seed=1), torch.tensor([3, 500, 999])
+    diffusion, t = Diffusion(), torch.tensor([3, 500, 999])
+    x0, noise = normal(3, 1, 4, 4), normal(3, 1, 4, 4, seed=1)
     seen = []
 
     def model(x, t):
@@ -144,7 +146,7 @@ def test_bad_schedules_raise(options):
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------- posterior
+# -------------------------------------------------------------------------------------------------- posterior
 
 def test_posterior_variance_values():
     """At t = 0, 487, 999: 0, 0.00979, 0.02 to 1e-5."""
@@ -167,7 +169,8 @@ def test_posterior_mean_and_variance(schedule):
         c2 = math.sqrt(1 - beta) * (1 - previous) / (1 - abar)
         got_c1 = float(ddpm_step(zero, -math.sqrt(abar / (1 - abar)) * one, abar, previous, noise=zero))
         whole = float(ddpm_step(math.sqrt(abar) * one, zero, abar, previous, noise=zero))
-        assert got_c1 == pytest.approx(c1, abs=1e-12) and whole == pytest.approx(math.sqrt(previous), abs=1e-12)
+        assert got_c1 == pytest.approx(c1, abs=1e-12)
+        assert whole == pytest.approx(math.sqrt(previous), abs=1e-12)
         assert c1 + c2 * math.sqrt(abar) == pytest.approx(math.sqrt(previous), abs=1e-12)
         kick = float(ddpm_step(zero, zero, abar, previous, noise=one))
         assert kick ** 2 == pytest.approx(float(diffusion.posterior_variance[t]), abs=1e-12)
@@ -194,8 +197,8 @@ def test_ddim_with_eta_1_is_the_ancestral_step(schedule, clip):
     x, eps, noise = normal(32), normal(32, seed=1), normal(32, seed=2)
     pairs = [(abar[t], abar[t - 1]) for t in range(1, 1000, 37)] + [(abar[0], 1.0), (abar[900], abar[100])]
     for a, b in pairs:
-        torch.testing.assert_close(ddim_step(x, eps, a, b, 1.0, noise, clip), ddpm_step(x, eps, a, b, noise, clip),
-                                   rtol=0, atol=1e-10)
+        ancestral = ddpm_step(x, eps, a, b, noise, clip)
+        torch.testing.assert_close(ddim_step(x, eps, a, b, 1.0, noise, clip), ancestral, rtol=0, atol=1e-10)
 
 
 def test_ddim_with_eta_0_is_dpm_solver_of_first_order():
@@ -209,7 +212,7 @@ def test_ddim_with_eta_0_is_dpm_solver_of_first_order():
 
 
 def test_samplers_are_built_on_the_steps():
-    """Whole loops, to 1e-10: DDIM eta=1 is the ancestral sampler; 2M is its steps with the prediction before."""
+    """Whole loops, to 1e-10: DDIM eta=1 is the ancestral sampler; 2M is its steps, one after the other."""
     diffusion, x = Diffusion(T=100), normal(2, 1, 4, 4)
 
     def model(x, t):
@@ -252,17 +255,18 @@ def test_order_of_convergence(solver, order):
 
 
 def test_ancestral_sampling_reaches_the_data_distribution():
-    """The exact score gives back N(0.3, 0.5^2): mean and deviation of 20,000 draws to 0.02, 5 standard errors."""
+    """The exact score gives back N(0.3, 0.5^2): mean and deviation of 20,000 draws to 0.02 (5 s.e.)."""
     diffusion = Diffusion(T=200)
 
     def model(x, t):
         a = float(diffusion.alphas_bar[t[0]])
         return math.sqrt(1 - a) * (x - math.sqrt(a) * MEAN) / (a * STD ** 2 + 1 - a)
-    x = sample(model, diffusion, normal(20_000), "ddpm", 200, clip=False, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    x = sample(model, diffusion, normal(20_000), "ddpm", 200, clip=False, generator=generator)
     assert float(x.mean()) == pytest.approx(MEAN, abs=0.02) and float(x.std()) == pytest.approx(STD, abs=0.02)
 
 
-# --------------------------------------------------------------------------------------- samplers as loops
+# ------------------------------------------------------------------------------------------ samplers as loops
 
 @pytest.mark.parametrize("method, steps, total", [("ddim", 10, 172.0067), ("ddpm", 1000, 258.96)])
 def test_golden_sums(method, steps, total):
@@ -286,7 +290,8 @@ def test_time_steps_dtype_and_the_last_step(method, dtype):
         return (0.1 * x).float()
     x_T = normal(3, 1, 2, 2).to(dtype)
     kept = x_T.clone()
-    out = sample(model, diffusion, x_T, method, 7, eta=0.5, clip=False, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    out = sample(model, diffusion, x_T, method, 7, eta=0.5, clip=False, generator=generator)
     assert [t.tolist() for _, t in seen] == [[142 * i] * 3 for i in range(6, -1, -1)]
     assert out.dtype == dtype and all(x.dtype == dtype for x, _ in seen)
     x, abar = seen[-1][0], float(diffusion.alphas_bar[0])
@@ -300,7 +305,8 @@ def test_noise_comes_from_the_generator_alone():
 
     def run(seed, method="ddpm", eta=0.0):
         torch.manual_seed(seed + 100)
-        return sample(lambda x, t: 0.1 * x, diffusion, x, method, 5, eta, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return sample(lambda x, t: 0.1 * x, diffusion, x, method, 5, eta, generator=generator)
     assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
     assert torch.equal(run(0, "ddim"), run(1, "ddim")) and torch.equal(run(0, "dpm"), run(1, "dpm"))
     assert not torch.equal(run(0, "ddim", 0.5), run(1, "ddim", 0.5))
@@ -331,10 +337,10 @@ def test_drawn_samples_do_not_depend_on_the_batch():
     assert int((a.int() - b.int()).abs().max()) <= 1
 
 
-# ------------------------------------------------------------------------------------------- EMA, rates, batches
+# ---------------------------------------------------------------------------------------- EMA, rates, batches
 
 def test_ema_formula():
-    """ema <- d ema + (1 - d) w, to 1e-6; with warm-up d = min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ..."""
+    """ema <- d ema + (1 - d) w, to 1e-6; with warm-up d = min(decay, (1+n)/(10+n)) at update n = 0, 1, .."""
     for warmup in (False, True):
         model = Tiny()
         ema, wanted = ddpm.EMA(model, 0.3, warmup), 0.0
@@ -412,11 +418,11 @@ def test_batches_cover_images_and_times():
     assert abs(float(noise.mean())) < 0.08 and abs(float(noise.std()) - 1) < 0.06  # 5 standard errors
 
 
-# ------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(optimizer="sgd", lr=1e-2, lr_schedule="linear"), dict(flip=True, lr_schedule="cosine", warmup=3),
-    dict(dropout=0.1)], ids=["adam", "sgd", "cosine", "dropout"])
+    dict(), dict(optimizer="sgd", lr=1e-2, lr_schedule="linear"), dict(dropout=0.1),
+    dict(flip=True, lr_schedule="cosine", warmup=3)], ids=["adam", "sgd", "dropout", "cosine"])
 def test_stop_and_resume_changes_no_bit(options):
     """6 steps = 3 steps, through a file, + 3 steps: weights, EMA, optimizer and losses."""
     options = dict(options)
@@ -424,12 +430,13 @@ def test_stop_and_resume_changes_no_bit(options):
     common = dict(steps=6, batch=4, seed=7, ema_decay=0.5) | options
     states = []
     model = net(**shape)
-    ema, losses = train(model, Diffusion(), images(), checkpoint=lambda get: states.append(saved(get)), **common)
+    ema, losses = train(model, Diffusion(), images(), **common,
+                        checkpoint=lambda get: states.append(saved(get)))
     assert [s["step"] for s in states] == [1, 2, 3, 4, 5, 6]
     torch.rand(17)  # a new process has another global generator
     other, resumed = net(seed=1, **shape), []
-    other_ema, other_losses = train(other, Diffusion(), images(), state=states[2],
-                                    checkpoint=lambda get: resumed.append(saved(get)), **common)
+    other_ema, other_losses = train(other, Diffusion(), images(), state=states[2], **common,
+                                    checkpoint=lambda get: resumed.append(saved(get)))
     assert [s["step"] for s in resumed] == [4, 5, 6]
     assert_same(states[-1], resumed[-1])
     assert losses == other_losses and [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
@@ -475,17 +482,19 @@ def test_start_takes_the_later_batches():
 
 
 def test_after_backward_true_leaves_the_weights_alone():
-    model, seen = net(), []
+    model, seen, history = net(), [], []
 
     def after_backward(step, model):
         seen.append(any(p.grad is not None and bool(p.grad.any()) for p in model.parameters()))
-        return step != 2
-    history = []
+        return step == 2
+
+    def after_step(step, model, *_):
+        history.append([p.detach().clone() for p in model.parameters()])
     train(model, Diffusion(), images(), steps=4, batch=4, lr=0.1, warmup=0, after_backward=after_backward,
-          after_step=lambda step, model, opt: history.append([p.detach().clone() for p in model.parameters()]))
+          after_step=after_step)
     before = list(net().parameters())
     equal = [all(torch.equal(a, b) for a, b in zip(x, y)) for x, y in zip([before] + history, history)]
-    assert seen == [True] * 4 and equal == [True, True, False, True]
+    assert seen == [True] * 4 and equal == [False, False, True, False]
 
 
 def test_gradients_are_fresh_every_step():
@@ -524,7 +533,7 @@ def test_a_loss_that_is_not_finite_raises_and_is_never_saved(steps, start):
     """The weight becomes NaN after the fourth step: three states are handed out, none after."""
     states = []
 
-    def ruin(step, model, optimizer):
+    def ruin(step, model, *_):
         if step == start + 3:
             nn.init.constant_(model.b, math.nan)
 
@@ -537,8 +546,8 @@ def test_a_loss_that_is_not_finite_raises_and_is_never_saved(steps, start):
         train(Tiny(), Diffusion(), images(), start=start, steps=steps, batch=4, after_step=ruin,
               checkpoint=checkpoint, label="arm")
     assert [s["step"] for s in states] == [start + 1, start + 2, start + 3]
-    assert all(math.isfinite(v) for s in states for v in flat(s).values() if isinstance(v, float))
-    assert all(bool(torch.isfinite(v).all()) for s in states for v in flat(s).values() if isinstance(v, torch.Tensor))
+    leaves = [v for s in states for v in flat(s).values() if isinstance(v, (float, torch.Tensor))]
+    assert len(leaves) > 30 and all(bool(torch.isfinite(torch.as_tensor(v)).all()) for v in leaves)
 
 
 def test_an_infinite_loss_is_named_with_its_step():

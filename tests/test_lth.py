@@ -1,4 +1,5 @@
 """The experiment: plan, resume to the bit, refusals, and bad input that ends in one line."""
+import collections
 import csv
 import os
 import signal
@@ -13,7 +14,7 @@ import torch
 import lth_diffusion as lth
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SMALL = "--rounds 2 --steps 30 --batch 16 --samples 32 --nfe 5".split()
+SMALL = "--rounds 2 --steps 16 --batch 8 --samples 16 --nfe 2 --arms rewind random".split()
 MEASURED = {"train_seconds", "seconds_per_1000", "train_memory", "sample_memory"}
 
 
@@ -25,14 +26,16 @@ def refusal(capsys, *argv):
 
 
 @pytest.mark.parametrize("argv, named", [
-    (["--dataset", "nope"], "nope"), (["--rounds", "0"], "--rounds"), (["--prune-rate", "1.2"], "--prune-rate"),
-    (["--prune-rate", "nan"], "--prune-rate"), (["--prune-rate", "0"], "--prune-rate"), (["--lr", "inf"], "--lr"),
-    (["--seeds", "0", "0"], "--seeds"), (["--arms", "random"], "--arms"), (["--device", "tpu"], "--device"),
-    (["--control-rounds", "9", "--rounds", "3"], "--control-rounds"), (["--final-sparsity", "1"], "--final-sparsity"),
-    (["--steps", "1e3"], "--steps"), (["--samples", "-5"], "--samples"), (["--nfe", "5000"], "--nfe"),
+    ("--dataset nope", "nope"), ("--rounds 0", "--rounds"), ("--prune-rate 1.2", "--prune-rate"),
+    ("--prune-rate nan", "--prune-rate"), ("--prune-rate 0", "--prune-rate"), ("--lr inf", "--lr"),
+    ("--seeds 0 0", "--seeds"), ("--arms random", "--arms"), ("--device tpu", "--device"),
+    ("--control-rounds 9 --rounds 3", "--control-rounds"), ("--final-sparsity 1", "--final-sparsity"),
+    ("--steps 1e3", "--steps"), ("--samples -5", "--samples"), ("--samples 1", "--samples"),
+    ("--nfe 5000", "--nfe"), ("--granularity channel --method rigl", "--granularity"),
+    ("--method rigl --scope ramp", "--scope"), ("--method rst --score taylor", "--score"),
 ])
 def test_bad_flags_end_in_one_line(capsys, tmp_path, argv, named):
-    code, said = refusal(capsys, *argv, "--out", str(tmp_path / "run"))
+    code, said = refusal(capsys, *argv.split(), "--out", str(tmp_path / "run"))
     assert code == 2 and named in said.splitlines()[-1]
 
 
@@ -46,7 +49,8 @@ def test_truncated_data_file_is_named(capsys, tmp_path):
     (tmp_path / "mnist").mkdir()
     (tmp_path / "mnist" / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b\x08\0\0\0")
     (tmp_path / "mnist" / "train-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b\x08\0\0\0")
-    code, said = refusal(capsys, "--dataset", "mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run"))
+    code, said = refusal(capsys, "--dataset", "mnist", "--data-dir", str(tmp_path),
+                         "--out", str(tmp_path / "run"))
     assert code == 2 and "train-images-idx3-ubyte.gz" in said.splitlines()[-1]
 
 
@@ -73,7 +77,8 @@ def states(out):
     for folder, _, names in os.walk(out):
         for name in sorted(names):
             if name.endswith(".pt"):
-                found[os.path.join(os.path.basename(folder), name)] = lth.load_state(os.path.join(folder, name))
+                path = os.path.join(folder, name)
+                found[os.path.join(os.path.basename(folder), name)] = lth.load_state(path)
     return found
 
 
@@ -85,11 +90,12 @@ def uninterrupted(tmp_path_factory):
 
 
 def test_stopped_runs_end_with_the_same_numbers(uninterrupted, tmp_path):
-    """Ctrl-C at three moments, each time the same command again: equal weights, averages, masks and table."""
+    """Ctrl-C at two moments, each time the same command again: equal weights, averages, masks and table."""
     out = str(tmp_path / "stopped")
     command = [sys.executable, "lth_diffusion.py", *SMALL, "--out", out]
     for wanted in ("seed0/round00_dense.pt", "seed0/round01_rewind.pt"):
-        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)
         while not os.path.exists(os.path.join(out, wanted)) and process.poll() is None:
             time.sleep(0.02)
         time.sleep(0.5)  # somewhere in the run after that one
@@ -108,7 +114,7 @@ def test_stopped_runs_end_with_the_same_numbers(uninterrupted, tmp_path):
 
 
 def test_tickets_are_what_they_claim(uninterrupted):
-    """Nested masks, exact zeros in online weights, EMA and ticket file, and theta_k under the mask at the start."""
+    """Nested masks, exact zeros in weights, EMA and ticket file, and theta_k under the mask at the start."""
     from prune import load_ticket, unpack_masks
     args, _ = lth.parse_args([*SMALL, "--out", uninterrupted])
     exp, before = lth.Experiment(args), None
@@ -124,12 +130,12 @@ def test_tickets_are_what_they_claim(uninterrupted):
         if job.arm in ("dense", "rewind"):
             assert before is None or all(bool((masks[n] <= before[n]).all()) for n in masks)
             before = masks
-        model, start_masks, first, _ = exp.start(job)
+        model, start_masks, _, first, _ = exp.start(job)
         if job.arm in ("twin", "rewind", "random"):
             theta = lth.load_state(lth.theta_path(args.out, 0))["model"]
             assert first == exp.k
             for name, p in model.named_parameters():
-                assert torch.equal(p, theta[name] * start_masks.get(name, torch.ones(())))
+                assert torch.equal(p, theta[name] * (start_masks or {}).get(name, torch.ones(())))
 
 
 def test_damaged_state_is_named(uninterrupted, tmp_path, capsys):
@@ -144,8 +150,8 @@ def test_damaged_state_is_named(uninterrupted, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_with_what_was_done(tmp_path, capsys):
-    code, said = refusal(capsys, "--steps", "30", "--batch", "8", "--lr", "1e30", "--optimizer", "sgd", "--samples",
-                         "8", "--nfe", "2", "--rounds", "1", "--out", str(tmp_path / "run"))
+    flags = "--steps 30 --batch 8 --lr 1e30 --optimizer sgd --samples 8 --nfe 2 --rounds 1"
+    code, said = refusal(capsys, *flags.split(), "--out", str(tmp_path / "run"))
     assert code == 1 and "seed 0 round 0 dense" in said and "--lr" in said
 
 
@@ -155,10 +161,10 @@ def test_pictures_survive_odd_data(tmp_path):
     chart = str(tmp_path / "chart.png")
     nan = float("nan")
     for series in ([], [dict(label="one", x=[1], y=[2.0])], [dict(label="none", x=[0, 1], y=[nan, None])],
-                   [dict(label="flat " * 20, x=[0, 1, 2], y=[3, 3, 3], y_low=[2, nan, 2], y_high=[4, nan, 4])]):
+                   [dict(label="flat " * 20, x=[0, 1, 2], y=[3] * 3, y_low=[2, nan, 2], y_high=[4, nan, 4])]):
         lth.line_chart(series, chart, "title", "x", "y", hlines=[("floor", nan, "dotted")], log_y=True)
     lth.heat_map([[nan, 0.0], [1.0, 0.5]], ["a", "b" * 80], ["0", "1"], chart, "title", log=True)
-    lth.sample_rows([("head", None), ("row", np.zeros((2, 3, 8, 8), np.uint8)), ("empty", np.zeros((0, 1, 8, 8)))],
+    lth.sample_rows([("row", np.zeros((2, 3, 8, 8), np.uint8)), ("empty", np.zeros((0, 1, 8, 8), np.uint8))],
                     chart, "title")
     assert os.path.getsize(chart) > 500
 
@@ -167,3 +173,31 @@ def test_tables_align():
     text = lth.text_table(["name", "value"], [["a", 1.5], ["long name", None]])
     assert len({len(line) for line in text.splitlines()[:3]}) == 1 and text.splitlines()[3].endswith("-")
     assert lth.markdown_table(["a|b"], [["x"]]).splitlines()[0] == "| a\\|b |"
+
+
+# --------------------------------------------------------------------------------- every way to find a ticket
+
+@pytest.mark.parametrize("flags", [
+    "--method oneshot --score taylor", "--method magnitude-init", "--method rigl", "--method set",
+    "--method rst --steps 60", "--scope ramp", "--scope cka", "--scope erk", "--granularity channel",
+    "--granularity channel --scope layer --method oneshot --prune-rate 0.5"])
+def test_every_method_runs_with_all_arms_at_exact_counts(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))  # seconds, not minutes
+    monkeypatch.setattr(lth, "draw_everything", lambda *_: None)
+    monkeypatch.setattr(lth, "announce", lambda *_: collections.defaultdict(float))
+    out = str(tmp_path / "run")
+    base = "--rounds 2 --steps 12 --batch 4 --samples 8 --nfe 2 --control-rounds 1 2 --precision fp32 --arms"
+    lth.main([*base.split(), *lth.ARMS, *flags.split(), "--out", out])
+    rows = results(out)
+    assert "no verdict" in capsys.readouterr().out
+    for round in (1, 2):
+        live = {r["arm"]: int(r["live_weights"]) for r in rows if int(r["round"]) == round}
+        assert set(lth.ARMS) <= set(live)
+        assert live["rewind"] == live["reinit"] == live["random"] == live["finetune"]
+        total = int(rows[0]["total_weights"])
+        if "channel" not in flags and "rst" not in flags and "magnitude-init" not in flags:
+            first = total - int(np.rint(0.2 * total))
+            wanted = first if round == 1 else first - int(np.rint(0.2 * first))
+            assert abs(live["rewind"] - wanted) <= (1 if "method" in flags else 0)  # one cut may round otherwise
+    consumed = [int(r["train_steps_total"]) for r in rows if r["arm"] == "rewind"]
+    assert consumed == sorted(consumed) and consumed[0] >= 12

@@ -217,6 +217,20 @@ def test_frechet_with_fewer_images_than_features():
     assert metrics.fid(dead, dead) < 1e-8
 
 
+def test_fid_jackknife():
+    reference = torch.zeros(8).double(), torch.eye(8).double()
+    for shift, scale, most in ((0.5, 1.2, 1.5), (0.0, 1.0, 1.6)):  # the second: no slope, sqrt(2) too much
+        draws = [gaussian(300, 8, seed, scale) + shift for seed in range(200)]
+        spread = np.std([metrics.fid(x, reference) for x in draws], ddof=1)
+        errors = [metrics.fid_jackknife(x, reference) for x in draws[:10]]
+        assert 1 / 1.5 < np.mean(errors) / spread < most
+    x = draws[0]
+    assert metrics.fid_jackknife(x, draws[1]) == metrics.fid_jackknife(x, metrics.statistics(draws[1]))
+    for groups in (1, 151):
+        with pytest.raises(ValueError, match="groups"):
+            metrics.fid_jackknife(x, reference, groups)
+
+
 def test_frechet_refuses():
     mu, sigma = torch.zeros(3), torch.eye(3)
     for bad in ((mu, sigma, torch.zeros(4), torch.eye(4)), (mu, sigma, mu, torch.zeros(3)),

@@ -1,4 +1,4 @@
-"""unet.py: parameter and MAC counts of the published network, shapes, what starts at zero, attention, folding.
+"""unet.py: parameters and MACs of the published network, shapes, what starts at zero, attention, folding.
 
 Exact unless a tolerance is written beside the comparison.
 """
@@ -35,12 +35,12 @@ def inputs(n=3, channels=1, size=8, seed=1):
 @pytest.fixture
 def meta(monkeypatch):
     """Shapes without numbers: networks are built and run in no time, so the big one may be too."""
-    monkeypatch.setattr(UNet, "_initialise", lambda self: None)  # it reads the weights
+    monkeypatch.setattr(UNet, "_initialise", lambda self: None)  # nothing to fill
     with torch.device("meta"):
         yield
 
 
-# ------------------------------------------------------------------------------------ the published network
+# -------------------------------------------------------------------------------------- the published network
 
 def test_paper_has_35_746_307_parameters(meta):
     model = UNet(channels=3, **PRESETS["paper"])
@@ -68,7 +68,7 @@ def test_paper_hidden_convolutions_hold_73_6_percent_of_the_macs(meta):
     assert 1 / (1 - 0.875 * share) == pytest.approx(2.81, abs=5e-3)
 
 
-# --------------------------------------------------------------------------------------------------- shapes
+# ----------------------------------------------------------------------------------------------------- shapes
 
 @pytest.mark.parametrize("size", [28, 32])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -80,7 +80,8 @@ def test_output_shape_of_every_preset(meta, preset, channels, size):
             UNet(channels, image_size=size, **sizes)
         return
     model = UNet(channels, image_size=size, **sizes)
-    assert model(torch.zeros(2, channels, size, size), torch.zeros(2, dtype=torch.int64)).shape == (2, channels, size, size)
+    x = torch.zeros(2, channels, size, size)
+    assert model(x, torch.zeros(2, dtype=torch.int64)).shape == x.shape
 
 
 def test_small_presets_fit_28_pixels_and_every_preset_fits_32(meta):
@@ -89,8 +90,9 @@ def test_small_presets_fit_28_pixels_and_every_preset_fits_32(meta):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(blocks=2), dict(mults=(1,)), dict(mults=(1, 2, 4), attention=(4, 2)), dict(mults=(2, 1)), dict(base=20),
-    dict(channels=3, patch=2), dict(channels=3, patch=4), dict(blocks=3, attention=(8,), dropout=0.5)])
+    dict(blocks=2), dict(mults=(1,)), dict(mults=(1, 2, 4), attention=(4, 2)), dict(mults=(2, 1)),
+    dict(base=20), dict(channels=3, patch=2), dict(channels=3, patch=4),
+    dict(blocks=3, attention=(8,), dropout=0.5)])
 def test_output_shape(changes):
     model = small(**changes)
     channels = changes.get("channels", 1)
@@ -130,7 +132,7 @@ def test_the_last_layer_of_every_branch_starts_at_zero_and_no_other():
             assert bool((m.weight == 0).all()) == (name in zero), name
             assert not m.bias.any(), name
             fan = (m.weight.shape[0] + m.weight.shape[1]) * m.weight[0, 0].numel()
-            assert float(m.weight.abs().max()) <= math.sqrt(6 / fan), name  # Glorot-uniform
+            assert float(m.weight.detach().abs().max()) <= math.sqrt(6 / fan), name  # Glorot-uniform
         elif isinstance(m, nn.GroupNorm):
             assert bool((m.weight == 1).all()) and not m.bias.any(), name
 
@@ -141,7 +143,7 @@ def test_every_weight_is_wired_in():
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-# ------------------------------------------------------------------------------------- attention and norms
+# ---------------------------------------------------------------------------------------- attention and norms
 
 @pytest.mark.parametrize("attention, expected", [
     ((), [4]), ((16,), [16, 4, 16, 16]), ((8,), [8, 4, 8, 8]), ((16, 4), [16, 4, 4, 4, 4, 16, 16])])
@@ -187,11 +189,12 @@ def test_norm_computes_in_float32():
     assert torch.equal(norm(x), norm(x.float()).bfloat16())
 
 
-# ---------------------------------------------------------------------------------------- time and batches
+# ------------------------------------------------------------------------------------------- time and batches
 
 def test_time_features():
     t, dim = torch.tensor([0, 1, 999]), 8
-    wanted = [[f(step * 10_000 ** (-i / 3)) for f in (math.sin, math.cos) for i in range(4)] for step in t.tolist()]
+    wanted = [[f(step * 10_000 ** (-i / 3)) for f in (math.sin, math.cos) for i in range(4)]
+              for step in t.tolist()]
     torch.testing.assert_close(unet.time_features(t, dim), torch.tensor(wanted), rtol=0, atol=1e-4)
 
 
@@ -213,7 +216,7 @@ def test_images_of_a_batch_do_not_see_each_other(changes):
 # ------------------------------------------------------------------------------------------ folding of pixels
 
 def test_patch_is_exact_folding():
-    """A network with patch=2 is the one without, on images whose 2x2 tiles became channels (written out here)."""
+    """A network with patch=2 is the one without, on images whose 2x2 tiles became channels, as here."""
     folded, plain = small(channels=3, image_size=16, patch=2), small(channels=12, image_size=8)
     plain.load_state_dict(folded.state_dict())
     x, t = inputs(channels=3, size=16)
@@ -222,7 +225,7 @@ def test_patch_is_exact_folding():
     assert torch.equal(folded(x, t), out)
 
 
-# --------------------------------------------------------------------------------------- sizes that do not fit
+# -------------------------------------------------------------------------------------- sizes that do not fit
 
 @pytest.mark.parametrize("changes, word", [
     (dict(image_size=10, mults=(1, 2, 2)), "image_size=10"), (dict(image_size=12, patch=8), "image_size=12"),
@@ -242,7 +245,7 @@ def test_concatenated_widths_that_do_not_fit_are_one_line():
     assert "\n" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------- shrunk networks
+# -------------------------------------------------------------------------------------------- shrunk networks
 
 def test_hidden_narrows_one_block_only():
     full, thin = small(base=16), small(base=16, hidden={"up.0.blocks.1": 8})
@@ -256,22 +259,26 @@ def test_hidden_narrows_one_block_only():
     assert thin(*inputs()).shape == (3, 1, 8, 8)
 
 
-def test_hidden_equals_the_masked_block():
-    """Whole groups gone: the narrow block computes what the wide one does with conv2 blind to those channels."""
+@pytest.mark.parametrize("out", [16, 256])
+def test_hidden_equals_the_masked_block(out):
+    """Whole groups gone: the narrow block is the wide one with its conv2 blind to those channels."""
     torch.manual_seed(0)
-    wide, thin = ResBlock(8, 16, 12), ResBlock(8, 16, 12, hidden=8)
-    live = torch.tensor([0, 1, 2, 3, 12, 13, 14, 15])  # groups 0 and 3 of four channels each
+    size = out // min(32, out // 4)  # channels of a group: 4 up to a width of 128, then more
+    wide, thin = ResBlock(8, out, 12), ResBlock(8, out, 12, hidden=2 * size)
+    live = torch.arange(out).view(-1, size)[[0, 3]].flatten()  # groups 0 and 3
     with torch.no_grad():
         for p in wide.parameters():
             p.normal_()
         keep = {"conv1.weight": 0, "conv1.bias": 0, "time.weight": 0, "time.bias": 0,
                 "norm2.weight": 0, "norm2.bias": 0, "conv2.weight": 1}
-        thin.load_state_dict({n: p.index_select(keep[n], live) if n in keep else p for n, p in wide.state_dict().items()})
-        dead = torch.ones(16, dtype=torch.bool)
+        thin.load_state_dict({n: p.index_select(keep[n], live) if n in keep else p
+                              for n, p in wide.state_dict().items()})
+        dead = torch.ones(out, dtype=torch.bool)
         dead[live] = False
         wide.conv2.weight[:, dead] = 0
     x, emb = torch.randn(2, 8, 4, 4), torch.randn(2, 12)
-    torch.testing.assert_close(thin(x, emb), wide(x, emb), rtol=0, atol=1e-4)  # sums of 144 products of size 1
+    assert thin.norm2.num_groups == 2
+    torch.testing.assert_close(thin(x, emb), wide(x, emb), rtol=0, atol=1e-4)  # values of size 10
 
 
 def test_config_rebuilds_the_network(meta):

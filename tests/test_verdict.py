@@ -1,0 +1,188 @@
+"""
+pytest tests/test_verdict.py      # seconds, no network, no data
+
+Tables whose verdict is known, bad files that end in one line, and the calibration on a few draws.
+"""
+import argparse
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from lth_diffusion import COLUMNS
+from studies import verdict
+
+WIN = dict(dense=(10, 11, 12), rewind=(10.1, 11.0, 12.1), reinit=(14, 15, 16.5), random=(20, 21, 19))
+
+
+def write(path, arms, round=10, sparsity=0.9, columns=tuple(COLUMNS), seeds=(0, 1, 2), mode="w"):
+    """A results.csv with one round, or with mode='a' one round more; its path as a string."""
+    with open(path, mode, newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        if mode == "w":
+            writer.writeheader()
+        for arm, values in arms.items():
+            dense = arm in ("dense", "twin")
+            where = dict(round=0 if dense else round, sparsity=0.0 if dense else sparsity)
+            for seed, value in zip(seeds, values):
+                writer.writerow(where | dict(seed=seed, arm=arm, fid_domain=value, val_loss=1.0,
+                                             n_samples=2000, total_weights=100))
+    return str(path)
+
+
+def told(capsys, *argv):
+    verdict.main(list(argv))
+    return capsys.readouterr().out
+
+
+def refused(capsys, *argv):
+    """The one line on stderr of a run that ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        verdict.main(list(argv))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+# --- verdicts from files
+
+def test_winning(tmp_path, capsys):
+    out = told(capsys, write(tmp_path / "a.csv", WIN | dict(twin=(99, 99, 99))))
+    assert "winning: n=3 seeds, fid_domain" in out and "not shown" not in out and "n_samples 2000" in out
+    assert "At 90.0 % sparsity" in out and "99" not in out
+    d, t = np.array(WIN["dense"]), np.array(WIN["rewind"])
+    p = scipy.stats.ttest_rel(t, 1.1 * d, alternative="less").pvalue
+    line = next(line for line in out.splitlines() if "within 10 % of dense" in line).split()
+    assert line[-1] == f"{p:.4g}" and float(line[-4]) == pytest.approx((t - d).mean(), rel=1e-3)
+    assert "winning" in told(capsys, write(tmp_path / "b.csv", dict(reversed(WIN.items()))))
+
+
+@pytest.mark.parametrize("arm, values, test", [
+    ("rewind", (13, 14, 15.2), "within 10 % of dense"), ("reinit", (10, 11.2, 12), "better than reinit"),
+    ("random", (10, 11.2, 12), "better than random")])
+def test_each_test_can_fail_alone(tmp_path, capsys, arm, values, test):
+    arms = WIN | {arm: values}
+    if arm == "rewind":  # still far better than both controls
+        arms |= dict(reinit=(24, 25, 26.5), random=(30, 31, 29))
+    said = told(capsys, write(tmp_path / "a.csv", arms)).split("\n\n")[-1]
+    assert "not shown to win: n=3" in said and said.count("(p=") == 1 and f"not shown: {test} (p=" in said
+
+
+def test_margin_and_alpha(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", WIN)
+    assert "not shown to win" in told(capsys, path, "--margin", "0.01")
+    assert "not shown to win" in told(capsys, path, "--alpha", "0.001")
+    assert "not shown to win" in told(capsys, path, "--metric", "val_loss")  # all 1.0: better than nobody
+
+
+def test_no_verdict(tmp_path, capsys):
+    two = {arm: values[:2] for arm, values in WIN.items()}
+    assert "n=2, no verdict." in told(capsys, write(tmp_path / "a.csv", two))
+    diverged = WIN | dict(rewind=(10.1, math.nan, 12.1))
+    assert "n=3, no verdict: ticket not finite." in told(capsys, write(tmp_path / "a.csv", diverged))
+    out = told(capsys, write(tmp_path / "a.csv", WIN | dict(random=(20, 21))))
+    assert "n=2, no verdict" in out and "seeds [2] lack an arm" in out
+
+
+def test_files_add_seeds(tmp_path, capsys):
+    two = {arm: values[:2] for arm, values in WIN.items()}
+    third = {arm: values[2:] for arm, values in WIN.items()}
+    paths = [write(tmp_path / "a.csv", two), write(tmp_path / "b.csv", third, seeds=[7])]
+    assert "winning: n=3" in told(capsys, *paths)
+    assert "comes twice" in refused(capsys, paths[0], paths[0])
+    text = open(paths[1]).read()
+    for old, new, word in ((",2000,", ",500,", "n_samples"), (",100,", ",200,", "total_weights"),
+                           (",0.9,", ",0.5,", "round 10")):
+        (tmp_path / "c.csv").write_text(text.replace(old, new))
+        assert word in refused(capsys, paths[0], str(tmp_path / "c.csv"))
+
+
+def test_rounds_are_a_family(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", WIN)
+    alone = told(capsys, path)
+    rest = {arm: values for arm, values in WIN.items() if arm != "dense"}
+    write(path, rest, round=5, sparsity=0.7, mode="a")
+    write(path, {"rewind": (10, 11, 12)}, round=3, sparsity=0.5, mode="a")
+    both = told(capsys, path)
+    assert "family: 1" in alone and "family: 2" in both
+    assert "Round 3 is not tested: no reinit, no random." in both
+    p, holm = (float(text.split(", Holm ")[-1].split(";")[0]) for text in (alone, both))
+    assert holm == pytest.approx(2 * p, rel=0.01)
+
+
+# --- bad files
+
+def test_refusals(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    for place in (tmp_path / "none.csv", tmp_path):
+        assert f"cannot read {place}" in refused(capsys, str(place))
+    no_controls = {arm: v for arm, v in WIN.items() if arm in ("dense", "rewind")}
+    assert "no reinit, no random" in refused(capsys, write(path, no_controls))
+    assert "no dense" in refused(capsys, write(path, {a: v for a, v in WIN.items() if a != "dense"}))
+    narrow = ["seed", "round", "arm", "sparsity"]
+    assert "no column fid_domain" in refused(capsys, write(path, WIN, columns=narrow))
+    good = open(write(path, WIN)).read()
+    lines = good.splitlines()
+    for text, words in (("", "no column seed"), (lines[0], "no round has all"),
+                        (good.replace("10.1", "ten"), "line 5: fid_domain is 'ten'"),
+                        (good.replace("10.1", ""), "line 5: fid_domain is ''"),
+                        ("\n".join(lines[:4] + ["0,10,rewind"]), "line 5: sparsity is None"),
+                        (good.replace("0,10,rewind", "0.5,10,rewind"), "seed is '0.5'"),
+                        (good.replace("0.9", "1.9"), "sparsity is '1.9'")):
+        path.write_text(text)
+        assert words in refused(capsys, str(path))
+    path.write_bytes(bytes(range(256)))
+    assert "no table of text" in refused(capsys, str(path))
+
+
+def test_command_line(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", WIN)
+    assert "results.csv" in refused(capsys) and "results.csv" in refused(capsys, path, "--calibrate")
+    assert "--alpha" in refused(capsys, path, "--alpha", "0.7")
+    for flag, value in (("--margin", "2"), ("--draws", "0"), ("--metric", "fid"), ("--alpha", "x")):
+        with pytest.raises(SystemExit) as stop:
+            verdict.main([path, flag, value])
+        assert stop.value.code == 2 and flag in capsys.readouterr().err
+
+
+# --- calibration
+
+ARGS = argparse.Namespace(draws=4000, margin=0.10, alpha=0.05)
+
+
+def test_boundaries_and_power_are_the_closed_form():
+    rng, n = np.random.default_rng(1), 5
+    for test in range(3):
+        for effect in (0, 1):
+            effects = [effect if k == test else verdict.IN for k in range(3)]
+            plain, holm = verdict.p_values(verdict.made_up(rng, [effects], n, ARGS), ARGS)
+            assert plain.shape == holm.shape == (1, 4000) and np.array_equal(plain, holm)
+            t = scipy.stats.t.ppf(0.95, n - 1)
+            expected = scipy.stats.nct.sf(t, n - 1, effect * math.sqrt(n)) if effect else 0.05
+            assert verdict.rate(plain[0] < 0.05)[0] == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 4000))
+
+
+def test_made_up_values_share_the_seed_and_the_dense_run():
+    values = verdict.made_up(np.random.default_rng(0), [[0, 0, 0], [1, 2, 3]], 3, ARGS)
+    assert values.shape == (2, 4, 4000, 3) and np.array_equal(values[0, 0], values[1, 0])
+    assert np.corrcoef(values[0, 1].ravel(), values[0, 2].ravel())[0, 1] == pytest.approx(0.8, abs=0.03)
+    assert values[0].mean((1, 2)) == pytest.approx([100, 110, 110, 110], abs=0.2)
+    assert (values[1, 1] - values[1, 2]).mean() == pytest.approx(-2 * math.sqrt(2), abs=0.1)
+
+
+def test_calibrate(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verdict, "CHECKED", 3)  # for time: the test above checks 20 of its draws
+    out = told(capsys, "--calibrate", "--draws", "60", "--out", str(tmp_path / "new"))
+    assert {p.name for p in (tmp_path / "new").iterdir()} == \
+        {"power.png", *(f"verdict_calibration.{end}" for end in ("csv", "md", "json"))}
+    with open(tmp_path / "new" / "verdict_calibration.csv") as file:
+        rows = list(csv.DictReader(file))
+    rates = {(r["data"], r["setting or effect"], int(r["seeds"])): float(r["rate"]) for r in rows}
+    assert len(rates) == len(rows) and all(0 <= v <= 1 for v in rates.values())
+    assert rates["normal", "4 inside", 10] == 1 and rates["normal", "all three", 10] < 0.1
+    facts = json.loads((tmp_path / "new" / "verdict_calibration.json").read_text())
+    assert facts["n"] == 60 and facts["command"].startswith("python -m studies.verdict --calibrate")
+    assert (tmp_path / "new" / "verdict_calibration.md").read_text().strip() == out.strip()
