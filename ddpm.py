@@ -615,7 +615,7 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
 # What each data set is trained with unless flags say otherwise: sized for two CPU cores, but for `--preset
 # paper`.
 DEFAULTS = {
-    "digits": dict(preset="tiny", steps=400, batch=64, lr=2e-3, ema=0.99, samples=1000),
+    "digits": dict(preset="tiny", steps=500, batch=32, lr=2e-3, ema=0.99, samples=250),
     "mnist": dict(preset="mnist", steps=1500, batch=64, lr=2e-3, ema=0.995, samples=1000),
     "fashion": dict(preset="mnist", steps=1500, batch=64, lr=2e-3, ema=0.995, samples=1000),
     "cifar10": dict(preset="cifar", steps=4000, batch=64, lr=1e-3, ema=0.999, samples=1000),
