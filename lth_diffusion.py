@@ -732,49 +732,26 @@ DRAW, SHRINK = 4, 2     # 4 drawn pixels a unit, averaged 2 by 2: smooth edges, 
 WIDTH = 900             # units, the width of a README column
 INK, MUTED, RULE, EMPTY = "#222222", "#5c5c5c", "#e4e4e4", "#dcdcdc"
 PALETTE = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444"     # Okabe and Ito
-SHAPES = "circle", "square", "diamond", "triangle"      # so that colour is never the only difference
-DASHES = {"solid": None, "points": None, "dashed": (8, 5), "dotted": (2, 4)}
-VIRIDIS = np.array([(68, 1, 84), (71, 44, 122), (59, 82, 139), (44, 113, 142), (33, 145, 140),
-                    (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37)])
-PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "→": "->", "≤": "<=", "≥": ">=", "≈": "~",
-                       "é": "e", "²": "^2", "•": "·"})   # Pillow's own font has ASCII and little else
+SHAPES = dict(circle=(32, 0, 4.5), square=(4, 0, 5.7), diamond=(4, 45, 5.6), triangle=(3, 0, 5.8))
+DASHES = {"solid": (1e9, 1), "points": (0, 1), "dashed": (8, 5), "dotted": (2, 4)}      # units on, off
+VIRIDIS = [tuple(int(np.interp(u, range(0, 257, 32), c)) for c in zip(     # lightness rises, for every sight
+    (68, 1, 84), (71, 44, 122), (59, 82, 139), (44, 113, 142), (33, 145, 140), (39, 173, 129), (92, 200, 99),
+    (170, 220, 50), (253, 231, 37))) for u in range(257)]
 
 
-def _font(size):
-    return ImageFont.load_default(size * DRAW)
-
-
-def _width(text, size):
-    return max(_font(size).getlength(line.translate(PLAIN)) for line in str(text).split("\n")) / DRAW
-
-
-def _height(text, size):
-    return 1.3 * size * (str(text).count("\n") + 1) if text else 0
+def _size(text, size=14):
+    """(width, height) of a block of text in units."""
+    lines, font = text.split("\n"), ImageFont.load_default(size * DRAW)
+    return max(map(font.getlength, lines)) / DRAW, 1.3 * size * len(lines) * bool(text)
 
 
 def _wrap(text, size, width):
-    """The text with line breaks that keep it within width units; a word wider than that is cut."""
-    lines = []
-    for paragraph in str(text).split("\n"):
-        lines.append("")
-        for word in paragraph.split():
-            if lines[-1] and _width(f"{lines[-1]} {word}", size) > width:
-                lines.append("")
-            lines[-1] = f"{lines[-1]} {word}".strip()
-            while _width(lines[-1], size) > width and len(lines[-1]) > 1:
-                word = lines.pop()
-                cut = max(n for n in range(1, len(word)) if n == 1 or _width(word[:n], size) <= width)
-                lines += [word[:cut], word[cut:]]
+    """The words of the text in lines within width units; a longer word stands alone."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines[-1:] = [lines[-1], word] if lines[-1] and _size(longer, size)[0] > width else [longer]
     return "\n".join(lines)
-
-
-def _shorten(text, size, width):
-    """The text without its middle where it is too wide: layer names differ at both ends."""
-    keep, short = len(str(text)), str(text)
-    while _width(short, size) > width and keep > 2:
-        keep -= 1
-        short = text[:(keep + 1) // 2] + "…" + text[len(text) - keep // 2:]
-    return short
 
 
 class _Page:
@@ -782,111 +759,73 @@ class _Page:
 
     def __init__(self, width, height, title, note):
         title, note = _wrap(title, 19, width - 40), _wrap(note, 13, width - 40)
-        self.top = 16 + _height(title, 19) + (14 if title else 0)
-        bottom = self.top + height + (12 + _height(note, 13) if note else 0) + 16
+        self.top = round(30 + _size(title, 19)[1])
+        bottom = self.top + height + 28 + _size(note, 13)[1]
         self.image = Image.new("RGB", (math.ceil(width) * DRAW, math.ceil(bottom) * DRAW), "white")
         self.pen = ImageDraw.Draw(self.image)
         self.text(20, 16, title, 19, anchor="lt", bold=True)
         self.text(20, self.top + height + 12, note, 13, MUTED, "lt")
 
-    def text(self, x, y, text, size=14, colour=INK, anchor="lm", bold=False):
-        """anchor: l, m or r, then t, m or b, of the whole block of lines."""
-        y -= _height(text, size) * {"t": 0, "m": 0.5, "b": 1}[anchor[1]]
-        for n, line in enumerate(str(text).translate(PLAIN).split("\n")):
-            spot = (x * DRAW, (y + size * (1.3 * n + 1)) * DRAW)    # baselines keep a row of labels level
-            self.pen.text(spot, line, colour, _font(size), anchor[0] + "s", stroke_width=int(bold))
+    def text(self, x, y, text, size=14, colour=INK, anchor="lm", bold=False, upright=False):
+        """A block of lines; anchor: l, m or r, then t, m or b, of the whole block as it stands there."""
+        font, share = ImageFont.load_default(size * DRAW), dict(l=0, t=0, m=0.5, r=1, b=1)
+        mask = Image.new("L", [math.ceil(v * DRAW) + 2 for v in _size(text, size)])
+        for n, line in enumerate(text.split("\n")):     # placed by baselines: a row of labels is level
+            spot = mask.width * share[anchor[0]], (1.3 * n + 1) * size * DRAW
+            ImageDraw.Draw(mask).text(spot, line, 255, font, anchor[0] + "s", stroke_width=int(bold))
+        mask = mask.transpose(Image.Transpose.ROTATE_90) if upright else mask
+        corner = [round(v * DRAW - share[a] * extent) for v, a, extent in zip((x, y), anchor, mask.size)]
+        self.image.paste(colour, corner, mask)
 
-    def upright(self, x, y, text, size=14, anchor="mm"):
-        """One line of text that reads upwards."""
-        w, h = math.ceil(_width(text, size)) + 1, math.ceil(_height(text, size))
-        mask = Image.new("L", (w * DRAW, h * DRAW))
-        ImageDraw.Draw(mask).text((0, size * DRAW), str(text).translate(PLAIN), 255, _font(size), "ls")
-        x, y = x - h * {"l": 0, "m": 0.5, "r": 1}[anchor[0]], y - w * {"t": 0, "m": 0.5, "b": 1}[anchor[1]]
-        self.image.paste(INK, (round(x * DRAW), round(y * DRAW)), mask.transpose(Image.Transpose.ROTATE_90))
+    def line(self, points, colour, width=1.0, style="solid"):
+        """A line with gaps at NaN; the pattern of a broken one runs on around corners."""
+        points, (on, off) = np.array(points, float) * DRAW, DASHES[style]
+        for piece in np.split(points, np.flatnonzero(np.isnan(points.sum(1)))) if on else ():
+            x, y = piece[np.isfinite(piece.sum(1))].T
+            along = np.append(0, np.cumsum(np.hypot(np.diff(x), np.diff(y))))
+            for a in np.arange(0, along[-1], (on + off) * DRAW):
+                at = np.unique(np.clip(along, a, a + on * DRAW))
+                dash = [*zip(np.interp(at, along, x), np.interp(at, along, y))]
+                self.pen.line(dash, colour, round(width * DRAW), joint="curve")
 
-    def line(self, points, colour, width=1.0, dash=None):
-        points = [(x * DRAW, y * DRAW) for x, y in points]
-        for piece in [points] if dash is None else _dashes(points, [d * DRAW for d in dash]):
-            self.pen.line(piece, colour, round(width * DRAW), joint="curve")
+    def marker(self, x, y, shape, colour, scale=1.0):
+        """A small figure, none at NaN; its white rim parts it from what is below."""
+        sides, turn, radius = SHAPES.get(shape, (0, 0, 0))
+        for r, fill in ((1.27 * radius, "white"), (radius, colour)) if sides and math.isfinite(x + y) else ():
+            self.pen.regular_polygon((x * DRAW, y * DRAW, r * scale * DRAW), sides, turn, fill)
 
-    def box(self, x0, y0, x1, y1, fill):
-        x0, y0, x1, y1 = (round(v * DRAW) for v in (x0, y0, x1, y1))
-        self.pen.rectangle([x0, y0, x1 - 1, y1 - 1], fill)
-
-    def marker(self, x, y, shape, colour, radius=4.5, rim=1.2):
-        corners = {"square": [(-.9, -.9), (.9, -.9), (.9, .9), (-.9, .9)],
-                   "diamond": [(0, -1.25), (1.25, 0), (0, 1.25), (-1.25, 0)],
-                   "triangle": [(0, -1.2), (1.15, .85), (-1.15, .85)],
-                   "circle": [(math.cos(a), math.sin(a)) for a in np.linspace(0, math.tau, 33)]}[shape]
-        for r, fill in ((radius + rim, "white"), (radius, colour)):   # the rim parts it from what is below
-            self.pen.polygon([((x + r * u) * DRAW, (y + r * v) * DRAW) for u, v in corners], fill)
-
-    def save(self, path, colours=256):
-        """colours = None keeps them all; 256 make a chart's file several times smaller."""
+    def save(self, path, chart=True):
+        """256 colours, too few for photographs, make a chart's file several times smaller."""
         image = self.image.reduce(DRAW // SHRINK)
-        if colours:
-            image = image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        image.save(path, optimize=True)
-
-
-def _dashes(points, dash):
-    """The drawn pieces of a broken line; the pattern runs on around corners."""
-    pieces, piece, on, left = [], [points[0]], True, dash[0]
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        length, done = math.hypot(x1 - x0, y1 - y0), 0.0
-        while length - done > left:
-            done += left
-            piece.append((x0 + (x1 - x0) * done / length, y0 + (y1 - y0) * done / length))
-            pieces += [piece] if on else []
-            piece, on = piece[-1:], not on
-            left = dash[0 if on else 1]
-        left -= length - done
-        piece.append((x1, y1))
-    return pieces + ([piece] if on else [])
+        (image.quantize(256, Image.Quantize.MAXCOVERAGE) if chart else image).save(path, optimize=True)
 
 
 class _Axis:
-    """Data -> units, linear or log10; what a log axis cannot show (zero) lies on its edge."""
+    """Data -> units, linear or log10; what lies beyond it (zero on a log axis) is put on its edge."""
 
     def __init__(self, values, start, end, log=False, pad=0.06, from_zero=False):
-        values = [v for v in values if math.isfinite(v) and (v > 0 or not log)] or [1.0, 10.0]
-        self.log, self.scale, self.start, self.end = log, math.log10 if log else float, start, end
+        self.scale = (lambda v: np.log10(np.maximum(v, 1e-300))) if log else np.array
+        self.log, self.start, self.end = log, start, end
+        values = [v for v in np.array(values, float) if (0 if log else -math.inf) < v < math.inf] or [1, 10]
         # zero costs little room here, and shows true proportions
         flush = from_zero and not log and 0 <= min(values) <= 0.4 * max(values) > 0
         low, high = self.scale(0 if flush else min(values)), self.scale(max(values))
         gap = pad * (high - low) if high > low else 0.2 if log else 0.1 * abs(low) or 1.0
         self.low, self.high = low if flush else low - gap, high + gap
-        self.ticks = _ticks(*(10 ** v if log else v for v in (self.low, self.high)), log)
 
-    def __call__(self, value):
-        value = self.low if self.log and value <= 0 else self.scale(value)
-        return self.start + (self.end - self.start) * (value - self.low) / (self.high - self.low)
+    def __call__(self, values):
+        share = (self.scale(np.array(values, float)) - self.low) / (self.high - self.low)
+        return self.start + (self.end - self.start) * np.clip(share, 0, 1)
 
-
-def _ticks(low, high, log, most=7):
-    """At most about `most` pairs (value, label), at 1, 2 or 5 times a power of ten."""
-    if log and high / low > 5:
-        powers = [10.0 ** k for k in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-        fine, coarse = ([m * p for p in powers for m in steps if low <= m * p * 1.000001 <= high * 1.000002]
-                        for steps in ((1, 2, 5), (1,)))
-        values = fine if len(fine) <= most + 1 else coarse[::math.ceil(len(coarse) / most)]
-        return [(v, _number(v, v)) for v in values]
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
-    step *= next(m for m in (1, 2, 5, 10) if high - low <= most * m * step * 1.000001)
-    return [(k * step, _number(k * step, step))
-            for k in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
-
-
-def _number(value, step):
-    """A number as exact as its distance to the next tick."""
-    places = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{value:.4g}" if places > 5 or abs(value) >= 1e7 else f"{value:,.{places}f}"
-
-
-def _numbers(values, log=False):
-    """Floats, NaN for whatever cannot be shown."""
-    values = [math.nan if v is None else float(v) for v in values]
-    return [v if math.isfinite(v) and (v > 0 or not log) else math.nan for v in values]
+    def ticks(self):
+        """Some 3 to 8 pairs (value, label) at 1, 2 or 5 times a power of ten; evenly if the axis is short."""
+        low, high = (10 ** v if self.log else v for v in (self.low, self.high))
+        steps = (1,) if self.log and high > 500 * low else (1, 2, 5)
+        values = [m * 10.0 ** k for k in range(-12, 16) for m in steps]
+        if not self.log or high < 5 * low:
+            step = next(v for v in values if high - low <= 7 * v)
+            values = [k * step for k in range(math.floor(low / step), math.ceil(high / step) + 1)]
+        return [(v, f"{v:,.6g}") for v in values if low <= v <= high]
 
 
 def line_chart(series, path, title, x_label, y_label, hlines=(), log_x=False, log_y=False, x_ticks=None,
@@ -894,246 +833,148 @@ def line_chart(series, path, title, x_label, y_label, hlines=(), log_x=False, lo
     """Lines over x, each named beside its end.
 
     series: dicts with label, x, y and, at will, y_low and y_high (error bars), dots (for each x a list of
-    single runs), style "solid", "dashed", "dotted" or "points", and colour. None and NaN leave a gap.
-    hlines: (label, value, style). x_ticks: (value, label) pairs; where labels would touch the later stays.
+    single runs), style "solid", "dashed", "dotted" or "points", shape and colour. None and NaN leave a gap.
+    hlines: (label, value, style). x_ticks: (value, label) pairs, thinned out where they would touch.
     """
-    levels = [dict(label=label, x=[None], y=[value], style=style, colour="#555555", shape=None)
-              for label, value, style in hlines]
-    rows = [_row(s, n, log_x, log_y) for n, s in enumerate([*series, *levels])]
-    names = [_wrap(row["label"], 14, 0.24 * WIDTH) for row in rows]
-    heights = [_height(name, 14) + 6 for name in names]
-    height = max(height, sum(heights))
-    under = max((_height(label, 14) for _, label in x_ticks or [(0, "0")]), default=0) + 8
-    page = _Page(WIDTH, height + under + (24 if x_label else 0), title, note)
-    bottom = page.top + height
-    y_axis = _Axis([v for r in rows for v in r["y"] + r["low"] + r["high"] + sum(r["dots"], [])],
-                   bottom, page.top, log_y, from_zero=True)
-    left = 20 + (24 if y_label else 0) + max(_width(label, 14) for _, label in y_axis.ticks) + 8
-    right = WIDTH - 20 - (62 + max(_width(name, 14) for name in names) if names else 0)
-    xs = [x for row in rows for x in row["x"]] + [x for x, _ in x_ticks or []]
-    x_axis = _Axis(xs, left, right, log_x, pad=0.05)
-    x_axis.ticks = x_axis.ticks if x_ticks is None else x_ticks
-    _frame(page, x_axis, y_axis)
-    if not any(math.isfinite(v) for r in rows for v in r["y"]):
-        page.text((left + right) / 2, (page.top + bottom) / 2, "no data", 19, MUTED, "mm")
-    page.text((left + right) / 2, bottom + under + 12, _shorten(x_label, 14, right - left), 14, anchor="mm")
-    page.upright(30, (page.top + bottom) / 2, _shorten(y_label, 14, height), 14)
-    lonely = [row for row in rows if row["style"] == "points"]
-    for n, row in enumerate(lonely):    # they often share their only x, so they stand side by side
-        row["shift"] = min(18, 54 / len(lonely)) * (n - (len(lonely) - 1) / 2)
-    _legend(page, rows, names, heights, x_axis, y_axis)
-    for row in sorted(rows, key=lambda r: (r["shape"] is not None, r["style"] != "points")):
-        _draw(page, row, x_axis, y_axis)
+    levels = [dict(label=label, x=[-math.inf, math.inf], y=[value] * 2, style=style, colour="#555555",
+                   shape=None) for label, value, style in hlines]
+    rows = [dict(colour=PALETTE[n % len(PALETTE)], shape=list(SHAPES)[n % len(SHAPES)], style="solid",
+                 y_low=(), y_high=(), dots=()) | s for n, s in enumerate([*levels, *series], -len(levels))]
+    page = _Page(WIDTH, height + 50, title, note)
+    y_axis = _Axis([v for row in rows for part in (row["y"], row["y_low"], row["y_high"], *row["dots"])
+                    for v in part], page.top + height, page.top, log_y, from_zero=True)
+    x_axis = _Axis([x for row in rows for x in row["x"]] + [x for x, _ in x_ticks or ()],
+                   52 + max((_size(label)[0] for _, label in y_axis.ticks()), default=0),
+                   WIDTH - 82 - max((_size(row["label"])[0] for row in rows), default=0), log_x, pad=0.05)
+    _frame(page, x_axis, y_axis, x_ticks or x_axis.ticks(), x_label, y_label)
+    lonely = [row["label"] for row in rows if row["style"] == "points"]     # they often share their only x,
+    shifts = dict(zip(lonely, np.linspace(-27, 27, len(lonely) + 2)[1:]))   # so they stand side by side
+    for row in rows:
+        row["spots"] = [*zip(x_axis(row["x"]) + shifts.get(row["label"], 0), y_axis(row["y"]))]
+        if len(row["spots"]) > 40 and row["style"] != "points":    # no markers on a long curve
+            row["shape"] = None
+    _legend(page, rows, x_axis.end, y_axis)
+    for row in rows:
+        _draw(page, row, y_axis)
     page.save(path)
 
 
-def _row(s, n, log_x, log_y):
-    """One series with every entry filled in."""
-    y = _numbers(s["y"], log_y)
-    return dict(label=str(s["label"]), x=_numbers(s["x"], log_x), y=y, style=s.get("style", "solid"), shift=0,
-                colour=s.get("colour") or PALETTE[n % len(PALETTE)],
-                shape=s.get("shape", SHAPES[n % len(SHAPES)]),
-                low=_numbers(s.get("y_low", ())), high=_numbers(s.get("y_high", ())),
-                dots=[_numbers(d, log_y) for d in s.get("dots", ())],
-                marks=s.get("style") == "points" or sum(map(math.isfinite, y)) <= 40)   # not on a long curve
-
-
-def _frame(page, x_axis, y_axis):
-    """Grid, ticks and their labels."""
+def _frame(page, x_axis, y_axis, ticks, x_label, y_label):
+    """Grid, ticks and what they mean."""
     left, right, top, bottom = x_axis.start, x_axis.end, y_axis.end, y_axis.start
-    for value, label in y_axis.ticks:
+    for value, label in y_axis.ticks():
         page.line([(left, y_axis(value)), (right, y_axis(value))], RULE)
-        page.text(left - 8, y_axis(value), label, 14, MUTED, "rm")
-    free = math.inf
-    for value, label in sorted(x_axis.ticks, key=lambda tick: -tick[0]):
-        x, half = x_axis(value), _width(label, 14) / 2
-        page.line([(x, top), (x, bottom)], RULE)
-        if x + half + 8 <= free:
-            page.text(x, bottom + 7, label, 14, MUTED, "mt")
-            free = x - half
+        page.text(left - 8, y_axis(value), label, colour=MUTED, anchor="rm")
+    every = max(1, math.ceil(sum(_size(label)[0] + 8 for _, label in ticks) / (right - left)))
+    for value, label in ticks[::-every]:    # the last one always has its label
+        page.line([(x_axis(value), top), (x_axis(value), bottom)], RULE)
+        page.text(x_axis(value), bottom + 7, label, colour=MUTED, anchor="mt")
     page.line([(left, bottom), (right, bottom)], "#888888", 1.25)
+    page.text((left + right) / 2, bottom + 38, x_label, anchor="mm")
+    page.text(30, (top + bottom) / 2, y_label, anchor="mm", upright=True)
 
 
-def _draw(page, row, x_axis, y_axis):
-    """One series: error bars, the line in pieces between gaps, markers, and faint dots for single runs."""
-    colour, dash = row["colour"], DASHES[row["style"]]
-    if row["shape"] is None:    # a level, all the way across
-        if math.isfinite(row["y"][0]):
-            page.line([(x, y_axis(row["y"][0])) for x in (x_axis.start, x_axis.end)], colour, 1.75, dash)
-        return
-    spots = [(x_axis(x) + row["shift"], y_axis(y)) if math.isfinite(x + y) else None
-             for x, y in zip(row["x"], row["y"])]
-    for spot, low, high in zip(spots, row["low"], row["high"]):
-        if spot and math.isfinite(low + high):
-            x, a, b = spot[0], y_axis(low), y_axis(high)
-            for ends in (((x, a), (x, b)), ((x - 4, a), (x + 4, a)), ((x - 4, b), (x + 4, b))):
-                page.line(ends, colour, 1.5)
-    piece = []
-    for spot in spots + [None]:
-        piece += [spot] if spot else []
-        if not spot and piece:
-            if len(piece) > 1 and row["style"] != "points":
-                page.line(piece, colour, 2.25 if row["marks"] else 1.5, dash)
-            for x, y in piece if row["marks"] or len(piece) == 1 else ():
-                page.marker(x, y, row["shape"], colour)
-            piece = []
+def _draw(page, row, y_axis):
+    """One series: error bars, the line, markers, and faint dots for single runs."""
+    colour, spots = row["colour"], row["spots"]
+    for (x, _), a, b in zip(spots, y_axis(row["y_low"]), y_axis(row["y_high"])):
+        for bar in ([(x, a), (x, b)], [(x - 4, a), (x + 4, a)], [(x - 4, b), (x + 4, b)]):
+            page.line(bar, colour, 1.5)
+    page.line(spots, colour, 2.25 if row["shape"] else 1.6, row["style"])
+    for spot in spots:
+        page.marker(*spot, row["shape"], colour)
     faint = tuple((c + 255) // 2 for c in ImageColor.getrgb(colour))
-    for x, values in zip(row["x"], row["dots"]):
-        for v in values:
-            if math.isfinite(x + v):
-                page.marker(x_axis(x) + row["shift"] + 9, y_axis(v), "circle", faint, 2.4, rim=0.5)
+    for (x, _), values in zip(spots, row["dots"]):
+        for y in y_axis(values):
+            page.marker(x + 9, y, "circle", faint, 0.55)
 
 
-def _legend(page, rows, names, heights, x_axis, y_axis):
-    """A sample of each line and its name, in the margin, as near to the line's end as the others allow."""
-    ends = []
+def _legend(page, rows, x, y_axis):
+    """A sample of each line and its name, from x on, as near to the line's end as the others allow."""
     for row in rows:
-        seen = [(math.inf if row["shape"] is None else x, y) for x, y in zip(row["x"], row["y"])
-                if math.isfinite(y) and (math.isfinite(x) or row["shape"] is None)]
-        ends.append((min(x_axis.end, x_axis(max(seen)[0])), y_axis(max(seen)[1])) if seen else (0, math.inf))
-    order = sorted(range(len(rows)), key=lambda n: ends[n][1])
-    wanted = [min(ends[n][1], y_axis.start) for n in order]
-    for n, y in zip(order, _spread(wanted, [heights[n] for n in order], y_axis.end, y_axis.start)):
-        row, (end_x, end_y), x = rows[n], ends[n], x_axis.end
-        if end_x > x - 60:      # from further away the lead would be taken for data
-            page.line([(end_x + row["shift"], end_y), (x + 2, end_y), (x + 14, y)], "#bbbbbb")
-        if row["style"] != "points":
-            page.line([(x + 18, y), (x + 52, y)], row["colour"], 2.25, DASHES[row["style"]])
-        if row["shape"] and row["marks"]:
-            page.marker(x + 35, y, row["shape"], row["colour"])
-        page.text(x + 60, y, names[n], 14, INK if math.isfinite(end_y) else MUTED)
-
-
-def _spread(wanted, heights, top, bottom):
-    """Centres near the wanted ones (in order), so that blocks of these heights do not overlap."""
-    if not wanted:
-        return []
-    offset = np.cumsum([0] + [(a + b) / 2 for a, b in zip(heights, heights[1:])])
-    free = np.array(wanted) - offset    # now "no overlap" is "never falls", reached from both ends
-    free = (np.maximum.accumulate(free) + np.minimum.accumulate(free[::-1])[::-1]) / 2
-    return np.clip(free, top + heights[0] / 2, bottom - heights[-1] / 2 - offset[-1]) + offset
+        row["end"] = max((s for s in row["spots"] if math.isfinite(sum(s))), default=(0, y_axis.start))
+    step, y = min(24, (y_axis.start - y_axis.end) / max(1, len(rows))), -math.inf
+    for n, row in enumerate(sorted(rows, key=lambda row: row["end"][1]), 1):
+        y = min(max(row["end"][1], y + step), y_axis.start - (len(rows) - n) * step)
+        if row["end"][0] > x - 60:      # from further away the lead would be taken for data
+            page.line([row["end"], (x + 2, row["end"][1]), (x + 14, y)], "#bbbbbb")
+        page.line([(x + 18, y), (x + 52, y)], row["colour"], 2.25, row["style"])
+        page.marker(x + 35, y, row["shape"], row["colour"])
+        page.text(x + 60, y, row["label"])
 
 
 def sample_rows(rows, path, title, note=""):
-    """A grid of samples: a row is (label, uint8 [n,C,H,W]), a column one starting noise x_T.
-
-    A row whose array is None is a header over the rows that follow. Images grow by an integer, without blur.
-    """
-    grids = [None if images is None else np.asarray(images) for _, images in rows]
-    some = [g for g in grids if g is not None and len(g)]
-    n, side = max(map(len, some), default=1), max((max(g.shape[2:]) for g in some), default=28)
-    labels = [_wrap(label, 14, 0.24 * WIDTH if g is not None else 440) for (label, _), g in zip(rows, grids)]
-    left = 34 + max((_width(text, 14) for text, g in zip(labels, grids) if g is not None), default=0)
-    room = SHRINK * min((WIDTH - 17 - left) / n - 3, 84)
-    zoom = max(SHRINK, int(room // side))   # in pixels of the file
-    tile = side * zoom / SHRINK
-    heights = [_height(text, 15) + 18 if g is None else max(tile, _height(text, 14) + 6) + 3
-               for text, g in zip(labels, grids)]
-    page = _Page(max(480, left + n * (tile + 3) + 17), sum(heights), title, note)
-    y = page.top
-    for text, images, height in zip(labels, grids, heights):
-        if images is None:
-            page.line([(20, y + 6), (left + n * (tile + 3) - 3, y + 6)], "#bbbbbb")
-            page.text(20, y + 11, text, 15, anchor="lt", bold=True)
-        else:
-            page.text(left - 14, y + (height - 3) / 2, text, 14, anchor="rm")
-            for k, image in enumerate(images):
-                pixels = image.transpose(1, 2, 0)       # (H, W, C)
-                picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
-                grown = [v * zoom * DRAW // SHRINK for v in picture.size]
-                # on whole pixels of the file, or the final averaging would blur the edges
-                corner = left + k * (tile + 3), y + (height - 3 - tile) / 2
-                page.image.paste(picture.resize(grown, Image.Resampling.NEAREST),
-                                 [round(v * SHRINK) * DRAW // SHRINK for v in corner])
-        y += height
-    page.save(path, colours=None)
+    """A grid of samples: a row is (label, uint8 [n,C,H,W] or None), a column one starting noise x_T."""
+    grids = [np.zeros((0, 1, 1, 1)) if images is None else np.asarray(images) for _, images in rows]
+    n, side = max(1, *map(len, grids)), max(max(g.shape[2:]) for g in grids)
+    left = math.ceil(34 + max(_size(label)[0] for label, _ in rows))
+    zoom = max(1, int(SHRINK * min((WIDTH - 17 - left) / n - 3, 84) // side))     # whole: no blur
+    tile, times = side * zoom / SHRINK, zoom * DRAW // SHRINK
+    height = math.ceil(max(tile, *(_size(label)[1] + 6 for label, _ in rows))) + 3
+    page = _Page(max(480, left + n * (tile + 3) + 17), len(rows) * height, title, note)
+    for row, ((label, _), images) in enumerate(zip(rows, grids)):
+        y = page.top + row * height
+        page.text(left - 14, y + (height - 3) / 2, label, anchor="rm")
+        for k, image in enumerate(images):
+            pixels = np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3)).repeat(times, 0)
+            corner = left + k * (tile + 3), y + (height - 3 - tile) // 2
+            page.image.paste(Image.fromarray(pixels.repeat(times, 1)), [int(v * DRAW) for v in corner])
+    page.save(path, chart=False)
 
 
 def heat_map(matrix, row_labels, col_labels, path, title, note="", fmt="{:.2f}", log=False,
              x_label="", bar_label=""):
     """A matrix [rows][columns] in colours, with its values where they fit; None and NaN are grey."""
-    values = np.array([_numbers(row) for row in matrix]).reshape(len(row_labels), len(col_labels))
-    n, m = values.shape
-    cell_h, size = (24, 13) if n <= 25 else (20, 12) if n <= 45 else (17, 11)
-    names = [_shorten(str(label), size, 0.3 * WIDTH) for label in row_labels]
-    left = 28 + max((_width(name, size) for name in names), default=0)
-    cell_w = min(100, max(20, (WIDTH - left - 120) / max(m, 1)))
-    flat = all(_width(label, 13) <= cell_w - 4 for label in col_labels)
-    tops = [str(label) if flat else _shorten(str(label).replace("\n", " "), 13, 130) for label in col_labels]
-    extent = _height if flat else _width
-    head = 6 + max((extent(t, 13) for t in tops), default=0) + (20 if x_label else 0)
-    page = _Page(max(480, left + m * cell_w + 120), head + max(n * cell_h, 170), title, note)
-    top, right = page.top + head, left + m * cell_w
+    values, high, size = np.array(matrix, float), 20, 12
+    left = 28 + max(_size(label, size)[0] for label in row_labels)
+    wide = min(100, max(20, (WIDTH - left - 120) / len(col_labels)))
+    right = left + len(col_labels) * wide
+    page = _Page(max(480, right + 120), 44 + max(len(values) * high, 170), title, note)
+    top, length = page.top + 44, min(240, max(len(values) * high, 140))
     page.text((left + right) / 2, page.top + 8, x_label, 13, MUTED, "mm")
-    for j, text in enumerate(tops):
-        place = page.text if flat else page.upright
-        place(left + (j + 0.5) * cell_w, top - 5, text, 13, anchor="mb")
-    scale = _Axis(values.ravel().tolist(), 0, 1, log, pad=0)
-    texts = [[fmt.format(v) if math.isfinite(v) else "" for v in row] for row in values]
-    roomy = max((_width(t, size - 1) for row in texts for t in row), default=0) <= cell_w - 5
-    for i, name in enumerate(names):
-        y = top + i * cell_h
-        page.text(left - 8, y + cell_h / 2, name, size, anchor="rm")
-        for j, v in enumerate(values[i]):
-            colour = _viridis(scale(v)) if math.isfinite(v) else EMPTY
-            page.box(left + j * cell_w, y, left + (j + 1) * cell_w - 1, y + cell_h - 1, colour)
-            if roomy and texts[i][j]:
-                dark = np.dot(colour, (0.299, 0.587, 0.114)) < 108
-                page.text(left + (j + 0.5) * cell_w, y + cell_h / 2, texts[i][j], size - 1,
-                          "white" if dark else INK, "mm")
-    _colour_bar(page, scale, values, right + 20, top, min(240, max(n * cell_h, 140)), bar_label)
+    for j, label in enumerate(col_labels):
+        page.text(left + (j + 0.5) * wide, top - 5, label, 13, anchor="mb")
+    scale = _Axis(values.ravel(), 0, 1, log, pad=0)
+    for i, label in enumerate(row_labels):
+        y = top + (i + 0.5) * high
+        page.text(left - 8, y, label, size, anchor="rm")
+        for j, u in enumerate(scale(values[i])):
+            x, text = left + j * wide, fmt.format(values[i, j])
+            colour = VIRIDIS[round(256 * u)] if math.isfinite(u) else EMPTY
+            page.line([(x, y), (x + wide - 1, y)], colour, high - 1)
+            if math.isfinite(u) and _size(text, size - 1)[0] < wide - 4:
+                page.text(x + wide / 2, y, text, size - 1, "white" if u < 0.49 else INK, "mm")
+    for y in np.arange(0, length, 1 / SHRINK):
+        page.line([(right + 20, top + y), (right + 36, top + y)], VIRIDIS[round(256 * (1 - y / length))])
+    for value, text in scale.ticks():
+        page.text(right + 40, top + length * (1 - scale(value)), text, 13, MUTED)
+    page.text(right + 86, top + length / 2, bar_label, 13, anchor="mm", upright=True)
     page.save(path)
 
 
-def _viridis(u):
-    """A colour whose lightness rises with u in [0, 1], the same for every kind of sight."""
-    return tuple(round(float(np.interp(u * 8, range(9), VIRIDIS[:, c]))) for c in range(3))
-
-
-def _colour_bar(page, scale, values, x, y, height, label):
-    if np.isfinite(values).any():
-        for k in range(round(height * SHRINK)):
-            page.box(x, y + k / SHRINK, x + 16, y + (k + 1) / SHRINK, _viridis(1 - k / SHRINK / height))
-        for value, text in scale.ticks:
-            level = y + height * (1 - scale(value))
-            page.line([(x + 16, level), (x + 20, level)], MUTED)
-            page.text(x + 24, level, text, 13, MUTED)
-        wide = max((_width(text, 13) for _, text in scale.ticks), default=0)
-        page.upright(x + 36 + wide, y + height / 2, _shorten(label, 13, height), 13)
-    if not np.isfinite(values).all():
-        page.box(x, y + height + 14, x + 16, y + height + 30, EMPTY)
-        page.text(x + 24, y + height + 22, "no value", 13, MUTED)
-
-
 def _cells(header, rows):
-    """Every cell as text, and for each column whether it holds numbers."""
-    def text(v):
-        missing = v is None or isinstance(v, (float, np.floating)) and math.isnan(v)
-        return "-" if missing else f"{v:.4g}" if isinstance(v, (float, np.floating)) else str(v)
-
-    def numeric(t):
-        return t in ("", "-") or t[0] in "+-−<~.0123456789" and sum(map(str.isalpha, t)) <= 2   # "35.7M"
-
-    table = [[text(v) for v in row] for row in rows]
-    right = [all(numeric(row[k]) for row in table) for k in range(len(header))]
-    return [str(h) for h in header], table, right
+    """Header and cells as text, and for each column whether it holds numbers ("35.7M" too)."""
+    table = [["-" if v is None or v != v else f"{v:.4g}" if isinstance(v, (float, np.floating)) else str(v)
+              for v in row] for row in rows]
+    letters = [max((sum(map(str.isalpha, row[k])) for row in table), default=0) for k in range(len(header))]
+    return [str(h) for h in header], table, [most < 3 for most in letters]
 
 
 def text_table(header, rows):
     """The table with aligned columns, numbers to the right, for a terminal."""
     head, table, right = _cells(header, rows)
     widths = [max(map(len, column)) for column in zip(head, *table)]
-    lines = [head, ["-" * w for w in widths], *table]
-    padded = ([t.rjust(w) if r else t.ljust(w) for t, w, r in zip(line, widths, right)] for line in lines)
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    lines = ([f"{t:{'>' if r else '<'}{w}}" for t, w, r in zip(line, widths, right)]
+             for line in (head, ["-" * w for w in widths], *table))
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def markdown_table(header, rows):
     """The table as GitHub Markdown."""
     head, table, right = _cells(header, rows)
     lines = [head, ["---:" if r else "---" for r in right], *table]
-    safe = ([t.replace("|", "\\|").replace("\n", "<br>") for t in line] for line in lines)
-    return "\n".join("| " + " | ".join(line) + " |" for line in safe)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (
+        [t.replace("|", "\\|").replace("\n", "<br>") for t in line] for line in lines))
 
 
 # ------------------------------------------------------------------------------------------------- the job

@@ -78,7 +78,7 @@ def number(row, name, where, kind=float):
 
 def make_tables(rows, metric):
     """{(round, sparsity): {arm: {seed: value}}} of the rounds with every arm, and remarks on the others."""
-    tables, remarks = {}, []
+    tables, remarks, untested = {}, [], {}
     for round in sorted({round for _, round, arm in rows if arm != "dense"}):
         table = {ARMS[arm]: {seed: row[metric] for (seed, r, a), row in rows.items()
                              if (r, a) == (0 if arm == "dense" else round, arm)} for arm in ARMS}
@@ -86,12 +86,13 @@ def make_tables(rows, metric):
         if max(shares) - min(shares) > 0.005:
             raise ValueError(f"round {round} is {min(shares):g} and {max(shares):g} sparse: two experiments")
         if absent := [arm for arm in table if not table[arm]]:
-            remarks.append(f"Round {round} is not tested: no {', no '.join(absent)}.")
+            untested.setdefault(", no ".join(absent), []).append(str(round))
             continue
         lost = {s for values in table.values() for s in values} - set.intersection(*map(set, table.values()))
         if lost:  # a run that diverged leaves no row: the reader must know that it was tried
             remarks.append(f"Round {round}: seeds {sorted(lost)} lack an arm and are left out.")
         tables[round, shares[0]] = table
+    remarks += [f"Not tested: round {', '.join(rounds)} (no {arms})." for arms, rounds in untested.items()]
     if not tables:
         raise ValueError(" ".join(["no round has all of dense, rewind, reinit, random.", *remarks]))
     return tables, remarks
@@ -111,7 +112,7 @@ def judge(args):
     n = next(iter(rows.values())).get("n_samples") or "unknown"
     family = sum(one.p is not None for one in found.values())
     parts = [f"{args.metric}, n_samples {n}; one-sided paired t tests over seeds, alpha {args.alpha:g}; "
-             f"sparsities tested, and so Holm's family: {family}"]
+             f"sparsities in Holm's family: {family}"]
     parts += [lth.text_table(header, lines)] if lines else []
     return "\n\n".join([*parts, "\n".join(said + remarks)])
 

@@ -108,7 +108,7 @@ def test_rounds_are_a_family(tmp_path, capsys):
     write(path, {"rewind": (10, 11, 12)}, round=3, sparsity=0.5, mode="a")
     both = told(capsys, path)
     assert "family: 1" in alone and "family: 2" in both
-    assert "Round 3 is not tested: no reinit, no random." in both
+    assert "Not tested: round 3 (no reinit, no random)." in both
     p, holm = (float(text.split(", Holm ")[-1].split(";")[0]) for text in (alone, both))
     assert holm == pytest.approx(2 * p, rel=0.01)
 
