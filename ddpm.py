@@ -725,6 +725,7 @@ def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=
 
 
 def main(argv=None):
+    """The command line: train one dense DDPM, write its weights and a grid of samples."""
     parser = argparse.ArgumentParser(description="Train one dense DDPM and draw a grid of samples.")
     add_training_flags(parser)
     parser.add_argument("--seed", type=int, default=0)

@@ -97,13 +97,20 @@ def parse_args(argv=None):
     fill_defaults(args)
     if args.final_sparsity is not None:
         args.prune_rate = 1 - (1 - args.final_sparsity) ** (1 / args.rounds)
+    args.control_rounds = sorted(set(args.control_rounds or [args.rounds]))
+    args.out = args.out or f"runs/{args.dataset}" + ("" if args.method == "imp" else f"_{args.method}")
+    check_args(args, parser)
+    return args, parser
+
+
+def check_args(args, parser):
+    """Refuse, with the flag named, what no single flag's type can see."""
     if args.nfe > 1000:
         parser.error(f"argument --nfe: {args.nfe} network evaluations are more than the chain's 1000 steps")
     if args.samples < 2:
         parser.error("argument --samples: a covariance needs 2 at least")
     if not 0 < args.prune_rate:
         parser.error("argument --prune-rate: 0 prunes nothing")
-    args.control_rounds = sorted(set(args.control_rounds or [args.rounds]))
     if args.control_rounds[-1] > args.rounds:
         parser.error(f"argument --control-rounds: {args.control_rounds[-1]} is beyond --rounds {args.rounds}")
     if "rewind" not in args.arms:
@@ -118,8 +125,6 @@ def parse_args(argv=None):
         parser.error(f"argument --score: {args.method} chooses before there is anything to rank")
     if min(args.seeds) < 0 or max(args.seeds) > 4000 or len(set(args.seeds)) < len(args.seeds):
         parser.error("argument --seeds: different whole numbers from 0 to 4000, please")
-    args.out = args.out or f"runs/{args.dataset}" + ("" if args.method == "imp" else f"_{args.method}")
-    return args, parser
 
 
 def rewind_step(args):
@@ -1014,6 +1019,7 @@ def run(args, parser):
 
 
 def main(argv=None):
+    """The command line: exit code 2 for a mistake of the user's, 1 for a diverged run, 130 for Ctrl-C."""
     args, parser = parse_args(argv)
     try:
         run(args, parser)
