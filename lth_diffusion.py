@@ -56,6 +56,11 @@ COLUMNS = """seed round arm sparsity live_weights total_weights fid_domain preci
     train_memory sample_memory""".split()
 
 
+QUALITY = dict(fid_domain="fid_domain", precision_domain="prec.", recall_domain="recall", fid="fid",  # name in
+               kid="kid", inception_score="IS", precision="prec. (I)", recall="recall (I)")  # the short table
+FORMS = dict(val_loss="{:.4f}", kid="{:.4f}")
+
+
 class Job(NamedTuple):
     """One training run. Round 0 holds the dense network and its twin."""
     seed: int
@@ -163,29 +168,39 @@ class Experiment:
         self.test, _ = load_images(args.dataset, args.data_dir, "test")
         self.diffusion = Diffusion(schedule=args.schedule)
         self.classifier = metrics.load_classifier(args.dataset, self.images, labels)
-        self.reference = metrics.reference_statistics(self.classifier, self.images, args.dataset)
         n = min(args.samples, len(self.test))
-        self.floor = metrics.floor(self.classifier, self.images, self.test, n, args.dataset)
-        draw = torch.randperm(len(self.test), generator=torch.Generator().manual_seed(0))[:n]
-        self.real = self.test[draw]  # what samples are compared with where all training images are too many
-        self.inception, self.inception_floor, self.why_inception = None, None, self.find_inception(n)
+        self.real = metrics.random_draw(self.test, n)  # what samples meet where all training images are many
+        self.rulers = {"_domain": self.ruler(self.classifier)}
+        self.why_inception = self.find_inception()
         self.images = self.images.to(self.device)
         self.k = rewind_step(args)
 
-    def find_inception(self, n):
-        """Load Inception, its statistics and floor at n images; say so, or why its columns stay blank."""
+    def ruler(self, model):
+        """(extractor, its statistics of all training images, its features of n real ones, its floor at n)."""
+        name, n = self.args.dataset, len(self.real)
+        return (model, metrics.reference_statistics(model, self.images, name),
+                metrics.features(model, self.real),
+                metrics.floor(model, self.images, self.test, n, name))
+
+    @property
+    def floor(self):
+        """{column: what n real test images score}; n is at most the number of samples."""
+        return {column + name: value for name, (*_, floor) in self.rulers.items()
+                for column, value in floor.items()}
+
+    def find_inception(self):
+        """Make Inception a ruler too; say so, or why its columns stay blank."""
         a = self.args
         if self.device.type == "cpu" and not a.inception:
             return f"blank: {len(self.images):,} images take long on a CPU; --inception PATH computes it"
         try:
-            self.inception = metrics.load_inception(a.inception, a.data_dir).to(self.device)
+            model = metrics.load_inception(a.inception, a.data_dir).to(self.device)
         except OSError as error:
             if a.inception:  # asked for by name: going on without it would hide the mistake
                 raise
             return f"blank: {error}"
-        self.inception_reference = metrics.reference_statistics(self.inception, self.images, a.dataset)
-        self.inception_floor = metrics.floor(self.inception, self.images, self.test, n, a.dataset)
-        return f"Inception, floor {self.inception_floor:.2f} at n={n:,}"
+        self.rulers[""] = self.ruler(model)
+        return f"Inception, floor {self.floor['fid']:.2f} at n={len(self.real):,}"
 
     # models and tickets
 
@@ -406,21 +421,9 @@ class Experiment:
             seconds_per_1000=1000 * seconds / a.samples, sample_memory=memory.bytes)
 
     def quality(self, samples):
-        """The quality columns of uint8 samples: in the domain classifier's features, and in Inception's where
-        there is one. Precision and recall stand beside each FID, which can improve while images get worse."""
-        feats, real = (metrics.features(self.classifier, x) for x in (samples, self.real))
-        precision, recall = metrics.precision_recall(real, feats)
-        columns = dict(fid_domain=metrics.fid(feats, self.reference), precision_domain=precision,
-                       recall_domain=recall)
-        if self.inception is None:
-            return columns
-        feats, logits = metrics.features(self.inception, samples, logits=True)
-        real = metrics.features(self.inception, self.real)
-        kid, error = metrics.kid(feats, real, subset_size=min(1000, len(feats), len(real)))
-        precision, recall = metrics.precision_recall(real, feats)
-        score, _ = metrics.inception_score(logits.softmax(1))  # of the logits, fc bias included
-        return columns | dict(fid=metrics.fid(feats, self.inception_reference), kid=kid, kid_error=error,
-                              inception_score=score, precision=precision, recall=recall)
+        """The quality columns of uint8 samples: those in the domain classifier's features end in _domain."""
+        return {column + name: value for name, (model, reference, real, _) in self.rulers.items()
+                for column, value in metrics.quality(model, samples, real, reference).items()}
 
     def x_T(self, n):
         """The starting noise (n, C, H, W) that every model is sampled from."""
@@ -544,22 +547,29 @@ def check_config(args, parser):
     return now
 
 
-def provenance(exp, command):
-    """Where figures come from: command, commit, machine, package versions, hashes of data and ruler."""
-    commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always",
-                             "--dirty", "--abbrev=12"], capture_output=True, text=True).stdout.strip() or None
-    return dict(command=command, commit=commit, device=str(exp.device), precision=exp.precision,
-                processor=processor_name(exp.device), threads=torch.get_num_threads(),
+def provenance(command, device="cpu", **facts):
+    """Where figures come from: command, commit, machine, package versions, and what the caller adds."""
+    commit = subprocess.run(["git", "-C", metrics.HERE, "describe", "--always", "--dirty", "--abbrev=12"],
+                            capture_output=True, text=True).stdout.strip() or None
+    return dict(command=command, commit=commit, device=str(device), processor=processor_name(device),
+                threads=torch.get_num_threads(),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
-                              scipy=scipy.__version__, pillow=PIL.__version__),
-                data_hash=metrics.images_hash(exp.images.cpu()),
-                classifier_hash=metrics.weights_hash(exp.classifier),
-                primary_metric="fid_domain", margin=MARGIN, floor=exp.floor,
-                inception_floor=exp.inception_floor)
+                              scipy=scipy.__version__, pillow=PIL.__version__)) | facts
+
+
+def save_table(path, header, rows, **source):
+    """path.csv and, with the provenance of its figures, path.json. OSError when they cannot be written."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with atomic(path + ".csv") as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([header] + [[f"{v:.6g}" if isinstance(v, float) else v for v in row]
+                                               for row in rows])
+    with atomic(path + ".json") as temporary:
+        metrics.write_text(temporary, json.dumps(source, indent=1))
 
 
 def processor_name(device):
-    if device.type == "cuda":
+    """What the processor calls itself."""
+    if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
 
@@ -593,8 +603,8 @@ def announce(exp, jobs, rows):
     left = sum(cost[job.arm] for job in jobs if job not in rows)
     print(f"device     {exp.device} ({exp.why_device}), {exp.precision} ({exp.why_precision})\n"
           f"data       {a.dataset}: {len(exp.images):,} training and {len(exp.test):,} test images; domain "
-          f"classifier {metrics.weights_hash(exp.classifier)}, floor {exp.floor:.2f} at n="
-          f"{min(a.samples, len(exp.test)):,}\n"
+          f"classifier {metrics.weights_hash(exp.classifier)}, floor {exp.floor['fid_domain']:.2f} at n="
+          f"{len(exp.real):,}\n"
           f"fid        {exp.why_inception}\n"
           f"model      U-Net {a.preset}: {total:,} parameters, {weights:,} of them prunable\n"
           f"plan       seeds {a.seeds}; {a.method} by {a.granularity}, {a.scope}, {a.rounds} rounds of "
@@ -626,29 +636,26 @@ def clock(seconds):
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-def summarise(rows, floors, n):
-    """The table at the end: for every round and arm mean and standard deviation over seeds; the floors."""
-    groups = {}
+def summarise(rows, floor, n):
+    """The table at the end: for every round and arm mean and standard deviation over seeds; the floor."""
+    groups, shown = {}, [*filter(floor.__contains__, QUALITY), "val_loss"]
     for row in rows.values():
         groups.setdefault((row["round"], row["arm"]), []).append(row)
     table = []
     for (round, arm), group in groups.items():
-        def spread(name, form="{:.2f}"):
-            values = [row[name] for row in group]
+        def spread(name):
+            values, form = [row[name] for row in group], FORMS.get(name, "{:.2f}")
             deviation = f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else ""
             return form.format(np.mean(values)) + deviation
         one = group[0]
         table.append([round, arm, f"{100 * one['sparsity']:.1f} %", f"{one['live_weights']:,}", len(group),
-                      spread("fid_domain"), spread("fid") if "fid" in one else "",
-                      spread("val_loss", "{:.4f}"),
-                      f"{one['macs_live'] / 1e6:.1f}",
-                      f"{one['ticket_bytes'] / 1e3:,.0f}",
+                      *map(spread, shown), f"{one['macs_live'] / 1e6:.1f}", f"{one['ticket_bytes'] / 1e3:,.0f}",
                       f"{np.mean([r['train_seconds'] for r in group]):.0f}",
                       f"{np.mean([r['seconds_per_1000'] for r in group]):.1f}"])
-    header = ["round", "arm", "pruned", "live weights", "seeds", "fid_domain", "fid", "val_loss",
+    header = ["round", "arm", "pruned", "live weights", "seeds", *(QUALITY.get(name, name) for name in shown),
               "live MMACs", "ticket kB", "train s", "s/1000"]
-    inception = "" if floors[1] is None else f"{floors[1]:.2f}"
-    return header, [*table, ["", "floor", f"n={n:,}", "", "", f"{floors[0]:.2f}", inception, *[""] * 5]]
+    floors = [FORMS.get(name, "{:.2f}").format(floor[name]) if name in floor else "" for name in shown]
+    return header, [*table, ["", "floor", f"n={n:,}", "", "", *floors, *[""] * 4]]
 
 
 def conclude(exp, rows):
@@ -664,7 +671,7 @@ def conclude(exp, rows):
         if len(means) == 4:
             pruned = 100 * (1 - (1 - a.prune_rate) ** round)
             figures = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
-            said.append(f"At {pruned:.1f} % sparsity fid_domain is {figures} (floor {exp.floor:.1f}); "
+            said.append(f"At {pruned:.1f} % sparsity fid_domain is {figures} (floor {exp.floor['fid_domain']:.1f}); "
                         f"{verdict}.")
     if a.samples < 10_000:
         said.append(f"{a.samples:,} samples a figure: not comparable with papers, only within this table.")
@@ -708,7 +715,7 @@ def draw_quality(exp, rows, note):
     a, series = exp.args, []
     dense = float(np.mean([row["fid_domain"] for job, row in rows.items() if job.arm == "dense"]))
     levels = [("dense", dense, "dashed"),
-              (f"floor: {min(a.samples, len(exp.test)):,} test images", exp.floor, "dotted")]
+              (f"floor: {len(exp.real):,} test images", exp.floor["fid_domain"], "dotted")]
     labels = {"twin": "dense, rewound (twin)", "rewind": "ticket (rewind)", "reinit": "same mask, new init",
               "random": "shuffled mask", "finetune": "same mask, fine-tuned", "small": "narrower, dense",
               "transform": "transformed, uncut", "probe": "other data order"}
@@ -989,8 +996,12 @@ def run(args, parser):
     settings = check_config(args, parser)
     os.makedirs(args.out, exist_ok=True)
     exp, jobs, rows = Experiment(args), plan(args), read_rows(args)
-    with atomic(os.path.join(args.out, "config.json")) as temporary, open(temporary, "w") as file:
-        json.dump(dict(args=settings, **provenance(exp, " ".join(sys.argv))), file, indent=1)
+    source = provenance(
+        " ".join(sys.argv), exp.device, precision=exp.precision, primary_metric="fid_domain", margin=MARGIN,
+        floor=exp.floor, floor_n=len(exp.real), data_hash=metrics.images_hash(exp.images),
+        classifier_hash=metrics.weights_hash(exp.classifier))
+    with atomic(os.path.join(args.out, "config.json")) as temporary:
+        metrics.write_text(temporary, json.dumps(dict(args=settings, **source), indent=1))
     cost, guard = announce(exp, jobs, rows), Guard()
     for number, job in enumerate(jobs, 1):
         if job in rows:
@@ -1011,7 +1022,7 @@ def run(args, parser):
               flush=True)
     write_results(args, rows)
     draw_everything(exp, rows)
-    header, table = summarise(rows, (exp.floor, exp.inception_floor), len(exp.real))
+    header, table = summarise(rows, exp.floor, len(exp.real))
     table_text, said = text_table(header, table), conclude(exp, rows)
     with atomic(os.path.join(args.out, "table.md")) as temporary, open(temporary, "w") as file:
         file.write(markdown_table(header, table) + "\n\n" + said + "\n")

@@ -416,25 +416,45 @@ def reference_statistics(model, images, dataset, split="train", cache=CACHE, **o
     return tuple(read_file(path, REMAKE))
 
 
-def floor(model, train_images, test_images, n, dataset, split="test", cache=CACHE, **options):
-    """FID of n test images uint8 [., C, H, W] against all training images: what a perfect sampler scores.
-    Cached by data set, split, n, images and extractor. ValueError when there are fewer than n test images.
+def quality(model, images, real, reference):
+    """The quality columns of images uint8 [N, C, H, W] in a model's features: dict fid, precision, recall, in
+    Inception's also kid, kid_error, inception_score. reference: (mu, sigma) of the training images, for FID;
+    real: features [M, D] for the rest. Precision and recall stand beside a FID because it can fall while
+    images get worse.
+    """
+    feats, logits = features(model, images, logits=True)
+    precision, recall = precision_recall(real, feats)
+    columns = dict(fid=fid(feats, reference), precision=precision, recall=recall)
+    if not isinstance(model, InceptionV3):
+        return columns
+    value, error = kid(feats, real, subset_size=min(1000, len(feats), len(real)))
+    score, _ = inception_score(logits.softmax(1))  # of the logits, fc bias included
+    return columns | dict(kid=value, kid_error=error, inception_score=score)
+
+
+def floor(model, train_images, test_images, n, dataset, cache=CACHE):
+    """quality() of n test images uint8 [., C, H, W]: what a perfect sampler scores. FID is against all
+    training images, the rest against n of them. Cached by data set, n, images and extractor. ValueError when
+    there are fewer than n test images.
     """
     if not 2 <= n <= len(test_images):
-        raise ValueError(f"a floor at n={n} needs that many {split} images; {dataset} has {len(test_images)}")
-    # A fixed random draw, since files have an order: the two halves of MNIST's test images differ in writers,
-    # and the first 5,000 score five times the FID of 5,000 at random.
-    draw = torch.randperm(len(test_images), generator=torch.Generator().manual_seed(0))[:n]
-    test_images = test_images[draw]
-    key = (f"{dataset}-{split}-n{n}-{images_hash(test_images)}-train-n{len(train_images)}-"
+        raise ValueError(f"a floor at n={n} needs that many test images; {dataset} has {len(test_images)}")
+    test_images, some = random_draw(test_images, n), random_draw(train_images, n)
+    key = (f"{dataset}-n{n}-{images_hash(test_images)}-train-n{len(train_images)}-"
            f"{images_hash(train_images)}-{weights_hash(model)}")
-    path = os.path.join(cache, "floor.json")
+    path = os.path.join(cache, "floors.json")
     known = read_file(path, REMAKE) if os.path.exists(path) else {}
     if key not in known:  # what another run writes meanwhile is lost, and made anew when it is asked for
-        reference = reference_statistics(model, train_images, dataset, "train", cache, **options)
-        known[key] = fid(features(model, test_images, **options), reference)
+        reference = reference_statistics(model, train_images, dataset, "train", cache)
+        known[key] = quality(model, test_images, features(model, some), reference)
         write_atomically(path, lambda temporary: write_text(temporary, json.dumps(known, indent=1)))
     return known[key]
+
+
+def random_draw(images, n):
+    """n of the images, always the same ones and at random, since files have an order: the two halves of
+    MNIST's test images differ in writers, and the first 5,000 score five times the FID of a random 5,000."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]]
 
 
 # --- the domain classifier: features that know digits, where Inception knows dogs --------------------------
@@ -642,12 +662,12 @@ def t_test(differences, alpha):
 
 
 def verdicts(tables, **options):
-    """dict sparsity -> table (see verdict) to dict sparsity -> Verdict, with Holm's p across sparsities."""
+    """dict sparsity -> table (see verdict) to dict sparsity -> Verdict, with Holm's p across sparsities. One
+    without a verdict, for a diverged run say, stays in the family with p = 1: losing it must not help."""
     found = {sparsity: verdict(table, **options) for sparsity, table in tables.items()}
-    tested = [sparsity for sparsity, one in found.items() if one.p is not None]
-    for sparsity, p in zip(tested, holm([found[sparsity].p for sparsity in tested])):
-        found[sparsity] = dataclasses.replace(found[sparsity], p_holm=p)
-    return found
+    adjusted = holm([1.0 if one.p is None else one.p for one in found.values()])
+    return {sparsity: one if one.p is None else dataclasses.replace(one, p_holm=p)
+            for (sparsity, one), p in zip(found.items(), adjusted)}
 
 
 def holm(pvalues):

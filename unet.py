@@ -17,7 +17,7 @@ from torch import nn
 # `patch` folds p x p pixels into channels first (pixel unshuffle): on small cores the same seconds buy a much
 # better model at 14x14 than at 28x28. `paper` is the CIFAR-10 network of 2006.11239 and uses no such thing.
 PRESETS = {
-    "tiny": dict(base=32, mults=(1, 2), blocks=1, patch=2),
+    "tiny": dict(base=24, mults=(1, 2), blocks=1, patch=2),
     "mnist": dict(base=32, mults=(1, 2), blocks=1, patch=2),
     "cifar": dict(base=64, mults=(1, 2, 2), blocks=2, attention=(8,), dropout=0.1, patch=2),
     "paper": dict(base=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1),

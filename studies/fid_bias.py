@@ -8,21 +8,16 @@ bias once more: its interval lies above the estimate, often without holding it. 
 that share no image, and a jackknife (metrics.fid_jackknife), whose leave-outs all have the same bias.
 """
 import argparse
-import csv
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
 
 import numpy as np
-import scipy
 import torch
 
 import lth_diffusion as lth
 import metrics
-from ddpm import atomic, draw_digits, load_images
+from ddpm import draw_digits, load_images
 
 IMAGES = (100, 200, 500, 1000, 2000, 5000, 10_000)  # behind a FID
 DRAWS = 10  # at most; fewer where the test images run out, since draws share none
@@ -32,21 +27,12 @@ HEADER = ["dataset", "n", "draws", "fid_domain", "sd_over_draws", "jackknife_se"
 def measure(name, data_dir):
     """Rows of HEADER, one for each n, of a data set's unseen images; and the classifier's hash."""
     model, train = metrics.load_classifier(name), load_images(name, data_dir)[0]
-    test = new_digits(max(IMAGES)) if name == "digits" else load_images(name, data_dir, "test")[0]
+    test = (torch.from_numpy(draw_digits(max(IMAGES), 3)[0]) if name == "digits" else  # as many again, unseen
+            load_images(name, data_dir, "test")[0])
     reference = metrics.reference_statistics(model, train, name)
     random = torch.Generator().manual_seed(0)
     feats = metrics.features(model, test)[torch.randperm(len(test), generator=random)]  # (N, 64)
     return [[name, *spread(feats, n, reference, random)] for n in IMAGES], metrics.weights_hash(model)
-
-
-def new_digits(n):
-    """n digits uint8 [n, 1, 28, 28] of random classes: the test split has only 2,000, every class 200 times.
-
-    No sampler balances its classes so, and a balanced set scores several times lower than a random one.
-    """
-    images, labels = draw_digits(n + n // 5, 3)  # a seed of neither training nor test
-    counts = np.random.default_rng(0).multinomial(n, [0.1] * 10)
-    return torch.from_numpy(np.concatenate([images[labels == k][:count] for k, count in enumerate(counts)]))
 
 
 def spread(feats, n, reference, random):
@@ -75,22 +61,6 @@ def draw(rows, path):
                         "Dashed: the same draws resampled with replacement, as a percentile bootstrap does.")
 
 
-def save(args, name, header, rows, began, **facts):
-    """name.csv, and name.json with where its figures come from."""
-    commit = subprocess.run(["git", "-C", metrics.HERE, "describe", "--always", "--dirty", "--abbrev=12"],
-                            capture_output=True, text=True).stdout.strip() or None
-    facts |= dict(command=args.command, commit=commit, device="cpu", threads=torch.get_num_threads(),
-                  processor=lth.processor_name(torch.device("cpu")),
-                  seconds=round(time.monotonic() - began, 1),
-                  versions=dict(python=platform.python_version(), torch=torch.__version__,
-                                numpy=np.__version__, scipy=scipy.__version__))
-    with atomic(os.path.join(args.out, name + ".csv")) as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header] + [[f"{v:.6g}" if isinstance(v, float) else v for v in row]
-                                               for row in rows])
-    with atomic(os.path.join(args.out, name + ".json")) as temporary:
-        metrics.write_text(temporary, json.dumps(facts, indent=1))
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="studies.fid_bias", description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -104,8 +74,9 @@ def main(argv=None):
         rows = sum(tables, [])
         os.makedirs(args.out, exist_ok=True)
         draw(rows, os.path.join(args.out, "fid_bias.png"))
-        save(args, "fid_bias", HEADER, rows, began, n=IMAGES, generator_seed=0,
-             classifiers=dict(zip(names, hashes)))
+        lth.save_table(os.path.join(args.out, "fid_bias"), HEADER, rows, **lth.provenance(
+            args.command, n=IMAGES, generator_seed=0, classifiers=dict(zip(names, hashes)),
+            seconds=round(time.monotonic() - began, 1)))
     except (OSError, ValueError) as error:
         parser.exit(2, f"studies.fid_bias: {' '.join(str(error).split())}\n")
     print(lth.text_table(HEADER, rows))

@@ -11,11 +11,8 @@ import collections
 import importlib
 import importlib.metadata
 import io
-import json
 import os
-import platform
 import re
-import subprocess
 import sys
 import time
 from unittest import mock
@@ -29,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddpm
 import metrics
 import unet
-from lth_diffusion import markdown_table, processor_name, text_table
+from lth_diffusion import markdown_table, provenance, save_table, text_table
 
 PEERS = {"pytorch-fid": "pytorch_fid.inception", "torch-fidelity": "torch_fidelity", "diffusers": "diffusers"}
 MEANING = """Tensors are shown by their mean absolute value; their difference is that of the worst element, in
@@ -308,18 +305,13 @@ def missing_peers():
 
 
 def write(folder, rows, argv, seconds):
-    """parity.csv and .md, and parity.json with what it took to make them."""
-    describe = ["git", "-C", metrics.HERE, "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy", *PEERS)}
-    source = dict(command=" ".join(["python -m studies.parity", *argv]), commit=commit,
-                  device=processor_name(torch.device("cpu")), threads=torch.get_num_threads(), rows=len(rows),
-                  seconds=round(seconds, 1), versions=dict(python=platform.python_version(), **versions))
-    texts = dict(csv="\n".join(",".join(f'"{cell}"' for cell in row) for row in (Row._fields, *rows)),
-                 md=f"{markdown_table(Row._fields, rows)}\n\n{MEANING}", json=json.dumps(source, indent=1))
-    for ending, text in texts.items():
-        path = os.path.join(folder, f"parity.{ending}")
-        metrics.write_atomically(path, lambda temporary: metrics.write_text(temporary, text))
+    """parity.csv and .md, and parity.json with their provenance."""
+    peers = {name: importlib.metadata.version(name) for name in PEERS}
+    save_table(os.path.join(folder, "parity"), Row._fields, rows, **provenance(
+        " ".join(["python -m studies.parity", *argv]), peers=peers, seconds=round(seconds, 1)))
+    text = f"{markdown_table(Row._fields, rows)}\n\n{MEANING}"
+    metrics.write_atomically(os.path.join(folder, "parity.md"),
+                             lambda temporary: metrics.write_text(temporary, text))
 
 
 def main(argv=None):

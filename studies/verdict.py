@@ -11,17 +11,12 @@ over seeds of the paired difference under test; a test at its boundary should sa
 """
 import argparse
 import csv
-import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import time
 
 import numpy as np
-import scipy
-import torch
 from scipy import stats
 
 import lth_diffusion as lth
@@ -205,28 +200,14 @@ def calibrate(args):
                    hlines=[("80 %", 0.8, "dotted"), (f"alpha {args.alpha:g}", args.alpha, "dashed")],
                    note="A ticket inside all three boundaries (margin of dense, reinit, random) by the same "
                         f"advantage; one sparsity; {args.draws:,} made-up draws a marker.")
-    save(args, "verdict_calibration", ["data", "setting or effect", "seeds", "rate", "standard_error"],
-         wrong + right, began, n=args.draws, seeds=SEEDS, generator_seed=0)
+    lth.save_table(os.path.join(args.out, "verdict_calibration"),
+                   ["data", "setting or effect", "seeds", "rate", "standard_error"], wrong + right,
+                   **lth.provenance(args.command, n=args.draws, seeds=SEEDS, generator_seed=0,
+                                    seconds=round(time.monotonic() - began, 1)))
     return "\n\n".join(texts)
 
 
-# --- files and command
-
-def save(args, name, header, rows, began, **facts):
-    """name.csv, and name.json with where its figures come from."""
-    commit = subprocess.run(["git", "-C", metrics.HERE, "describe", "--always", "--dirty", "--abbrev=12"],
-                            capture_output=True, text=True).stdout.strip() or None
-    facts |= dict(command=args.command, commit=commit, device="cpu", threads=torch.get_num_threads(),
-                  processor=lth.processor_name(torch.device("cpu")),
-                  seconds=round(time.monotonic() - began, 1),
-                  versions=dict(python=platform.python_version(), torch=torch.__version__,
-                                numpy=np.__version__, scipy=scipy.__version__))
-    with atomic(os.path.join(args.out, name + ".csv")) as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header] + [[f"{v:.6g}" if isinstance(v, float) else v for v in row]
-                                               for row in rows])
-    with atomic(os.path.join(args.out, name + ".json")) as temporary:
-        metrics.write_text(temporary, json.dumps(facts, indent=1))
-
+# --- command
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="studies.verdict", description=__doc__.split("\n")[0])

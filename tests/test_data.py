@@ -473,7 +473,7 @@ def test_drawn_digits():
     again, same = ddpm.draw_digits(200, seed=5)
     assert np.array_equal(images, again) and np.array_equal(labels, same)
     assert images.shape == (200, 1, 28, 28) and images.dtype == np.uint8
-    assert np.bincount(labels).tolist() == [20] * 10
+    assert np.bincount(labels, minlength=10).min() > 5  # of 20 expected: at random, not dealt out evenly
     other, others = ddpm.draw_digits(200, seed=6)
     assert not np.array_equal(labels, others) and not np.array_equal(images, other)
     assert images.min() == 0 and images.max() == 255 and 25 < images.mean() < 75  # white on black, as MNIST

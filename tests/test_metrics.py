@@ -327,19 +327,36 @@ def test_committed_classifiers():
         assert model(pixels(2, channels, 28 if channels == 1 else 32))[0].shape == (2, 64)
 
 
+def test_quality_columns_by_extractor(monkeypatch):
+    """All of Inception's, the first three of the classifier's; the reference is FID's alone."""
+    images, generator = pixels(40), torch.Generator().manual_seed(3)
+    fake, real = (torch.randn(n, 6, generator=generator) for n in (40, 50))
+    scores = torch.randn(40, 4, generator=generator)
+    monkeypatch.setattr(metrics, "features", lambda model, x, logits=False, **_: (fake, scores))
+    reference = metrics.statistics(2 * real)
+    expected = dict(fid=metrics.fid(fake, reference))
+    expected["precision"], expected["recall"] = metrics.precision_recall(real, fake)
+    assert metrics.quality(metrics.DomainClassifier(), images, real, reference) == expected
+    expected["kid"], expected["kid_error"] = metrics.kid(fake, real, subset_size=40)
+    expected["inception_score"] = metrics.inception_score(scores.softmax(1))[0]
+    assert metrics.quality(metrics.InceptionV3(), images, real, reference) == expected
+
+
 def test_floor_is_computed_once(tmp_path, monkeypatch):
     model = metrics.DomainClassifier().eval()
     train, test = bars(300)[0], bars(80, seed=1)[0]
     value = metrics.floor(model, train, test, 60, "bars", cache=str(tmp_path))
-    drawn = test[torch.randperm(80, generator=torch.Generator().manual_seed(0))[:60]]
-    expected = metrics.fid(metrics.features(model, drawn), metrics.features(model, train))
-    assert value == pytest.approx(expected, rel=1e-9)
+    drawn, some = (x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:60]]
+                   for x in (test, train))
+    drawn, some, whole = (metrics.features(model, x) for x in (drawn, some, train))
+    precision, recall = metrics.precision_recall(some, drawn)
+    assert value == pytest.approx(dict(fid=metrics.fid(drawn, whole), precision=precision, recall=recall), rel=1e-9)
     monkeypatch.setattr(metrics, "features", None)  # a second computation would fail
     assert metrics.floor(model, train, test, 60, "bars", cache=str(tmp_path)) == value
     with pytest.raises(ValueError, match="80"):
         metrics.floor(model, train, test, 81, "bars", cache=str(tmp_path))
-    (tmp_path / "floor.json").write_text("{")
-    with pytest.raises(OSError, match="floor.json"):
+    (tmp_path / "floors.json").write_text("{")
+    with pytest.raises(OSError, match="floors.json"):
         metrics.floor(model, train, test, 60, "bars", cache=str(tmp_path))
 
 
@@ -475,7 +492,8 @@ def test_holm():
     tables = {0.5: table((10.1, 11.0, 12.1)), 0.9: table((13, 14, 15.2)), 0.8: {a: v for a, v in zip(
         ("dense", "ticket", "reinit", "random"), [[1.0]] * 4)}}
     found = metrics.verdicts(tables)
-    assert found[0.5].p_holm == pytest.approx(2 * found[0.5].p) and found[0.8].p_holm is None
+    assert found[0.5].p_holm == pytest.approx(3 * found[0.5].p)  # what has no verdict counts in the family
+    assert found[0.8].p_holm is None and found[0.8].winning is None
 
 
 def test_command_line(capsys):
