@@ -23,8 +23,10 @@ import urllib.request
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from unet import PRESETS, UNet
@@ -116,6 +118,7 @@ def save_grid(images, path, columns=10, scale=2, gap=1, background=96):
 
 # --- digits: drawn, so that the first command runs anywhere
 
+DRAWING = 2  # raised when draw_digits changes: its name in the cache
 DIGITS = {"train": (10_000, 1), "test": (2_000, 2)}  # split -> (number of images, seed)
 FINE = 3  # drawn on a canvas this many times finer, then averaged down: smooth edges without aliasing
 
@@ -162,14 +165,14 @@ def _read_digits(dataset, root, split):
     folders = [os.path.join(root, dataset), os.path.join(CACHE, dataset)]
     for folder in folders:
         with contextlib.suppress(Exception):  # only a cache: whatever is wrong with it, draw anew
-            with np.load(os.path.join(folder, f"{split}.npz"), allow_pickle=False) as file:
+            with np.load(os.path.join(folder, f"{split}-{DRAWING}.npz"), allow_pickle=False) as file:
                 images, labels = file["images"], file["labels"]
             if (images.shape, labels.shape) == ((n, 1, 28, 28), (n,)) and labels.max() < 10 \
                     and images.dtype == labels.dtype == np.uint8:
                 return images, labels
     images, labels = draw_digits(n, seed)
     try:
-        with atomic(os.path.join(_writable(folders), f"{split}.npz")) as temporary:
+        with atomic(os.path.join(_writable(folders), f"{split}-{DRAWING}.npz")) as temporary:
             with open(temporary, "wb") as file:
                 np.savez(file, images=images, labels=labels)
     except OSError as error:  # a pity, but no reason to stop: the next run draws them again
@@ -181,11 +184,15 @@ def _read_digits(dataset, root, split):
 
 @contextlib.contextmanager
 def atomic(path):
-    """A temporary name beside `path`: renamed to it when the block ends well, else removed."""
+    """A temporary name beside `path`: renamed to it when the block ends well, else removed. OSError then."""
     temporary = f"{path}.{os.getpid()}.part"
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's own class for a write that failed
+        raise OSError(f"{path} could not be written, is the disk full? ({str(error).splitlines()[0]})")
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -477,6 +484,12 @@ def sample(model, diffusion, x_T, method="ddpm", steps=50, eta=0.0, clip=True, g
 
 # ----------------------------------------------------------------------------------------------- training
 
+def ranks():
+    """(this process's rank, how many processes train together): (0, 1) unless torchrun started several."""
+    several = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+
+
 class EMA:
     """Exponential moving average of a model's weights, `.model`: the network that is sampled.
 
@@ -520,9 +533,9 @@ def batch_at(images, step, seed, batch, flip, T, generator):
     if flip:
         left = torch.rand(batch, generator=generator, device=device) < 0.5
         x0 = torch.where(left[:, None, None, None], x0.flip(3), x0)
-    # One t in each of `batch` equal parts of 0..T-1: each t is as likely as before, the mean over t is steadier.
-    t = (torch.arange(batch, device=device) + torch.rand(batch, generator=generator, device=device)) * T / batch
-    t = t.long().clamp(max=T - 1)  # float32 may round up to T
+    # One t in each of `batch` equal parts of 0..T-1: every t is equally likely, the mean over t is steadier.
+    t = torch.arange(batch, device=device) + torch.rand(batch, generator=generator, device=device)
+    t = (t * T / batch).long().clamp(max=T - 1)  # float32 may round up to T
     return x0, t, torch.randn(x0.shape, generator=generator, device=device)
 
 
@@ -579,7 +592,8 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
     they are clipped and may return True to leave out this step's update; after_step(step, model, optimizer,
     ema) runs after the update, before the average follows. checkpoint(get_state) is called after every step
     and calls get_state() when it wants to save; such a state, passed as `state`, goes on from there to the
-    bit. Torch's global generator, which dropout draws from, is seeded anew every step. Raises
+    bit. Torch's global generator, which dropout draws from, is seeded anew every step. Under torchrun every
+    rank trains on its share of the same batch; the losses are then those of its share. Raises
     FloatingPointError for a loss that is not finite, before such a state is handed out.
     """
     device = images.device
@@ -588,14 +602,19 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
     log, generator = LossLog(max(1, steps // 100), label, device), torch.Generator(device)
     if state is not None:
         start = restore(state, model, ema, opt, log)
-    bar = tqdm(range(start, steps), desc=label, unit="step", mininterval=0.5, leave=False, disable=None)
+    rank, world = ranks()
+    network = DistributedDataParallel(model) if world > 1 else model  # averages the gradients of all ranks
+    bar = tqdm(range(start, steps), desc=label, unit="step", mininterval=0.5, leave=False,
+               disable=True if rank else None)
     for step in bar:
-        x0, t, noise = batch_at(images, step, seed, batch, flip, diffusion.T, generator)
-        torch.manual_seed(-1 - seed * 1_000_003 - step)  # for dropout: a function of (seed, step) too
+        whole = batch_at(images, step, seed, batch, flip, diffusion.T, generator)
+        x0, t, noise = (part[rank::world] for part in whole)  # this rank's share of the one global batch
+        # for dropout: reproducible too
+        torch.manual_seed(-1 - seed * 1_000_003 - step - 4_100_000_000 * rank)
         for group in opt.param_groups:
             group["lr"] = learning_rate(step, steps, lr, lr_schedule, warmup)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            loss = diffusion.loss(model, x0.contiguous(memory_format=torch.channels_last), t, noise)
+            loss = diffusion.loss(network, x0.contiguous(memory_format=torch.channels_last), t, noise)
         loss.backward()
         if after_backward is None or not after_backward(step, model):
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -640,7 +659,7 @@ def add_training_flags(parser):
     add("--schedule", choices=["linear", "cosine"], default="linear", help="noise schedule (default: linear)")
     add("--samples", type=positive_int, metavar="N", help="images to draw for every measurement")
     add("--sampler", choices=["ddpm", "ddim", "dpm"], default="ddim", help="default: ddim")
-    add("--nfe", type=positive_int, default=50, help="network evaluations a sample (default: 50)")
+    add("--nfe", type=evaluations, default=50, help="network evaluations a sample (default: 50)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 where the hardware has units for it")
@@ -659,6 +678,14 @@ def positive_int(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def evaluations(text):
+    value = positive_int(text)
+    if value > 1000 or 1000 // value * value < 950:  # at 600 the chain would begin at t = 599, not at noise
+        raise argparse.ArgumentTypeError(f"{text} evaluations cannot be spread evenly over the chain's 1000 "
+                                         "steps: choose a divisor of 1000")
     return value
 
 
@@ -686,6 +713,10 @@ def pick_device(name):
     if not there.get(name.split(":")[0]):
         found = ", ".join(kind for kind, is_there in there.items() if is_there)
         raise ValueError(f"--device {name}: not here; this machine has {found}")
+    try:
+        torch.empty(0, device=name)
+    except RuntimeError as error:  # cuda:9 of two
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return torch.device(name), "as asked"
 
 
@@ -716,14 +747,21 @@ def denoiser(model, precision):
 
 def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=50, batch=256,
                  label="sample"):
-    """uint8 images (N, C, H, W) on the CPU from noise x_T (N, C, H, W), batch by batch; stochastic samplers
-    take their noise from a generator with seed 0, so that every model meets the same noise."""
-    predict, done = denoiser(model, precision), []
-    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    for part in tqdm(x_T.split(batch), desc=label, unit="batch", leave=False, disable=None):
+    """uint8 images (N, C, H, W) on the CPU from noise x_T (N, C, H, W), batch by batch, shared out among the
+    ranks; stochastic samplers seed their noise by the batch, so that every model meets the same."""
+    predict, done = denoiser(model, precision), {}
+    device, (rank, world) = next(model.parameters()).device, ranks()
+    parts = list(enumerate(x_T.split(batch if world == 1 else min(batch, math.ceil(len(x_T) / world)))))
+    for number, part in tqdm(parts[rank::world], desc=label, unit="batch", leave=False,
+                             disable=True if rank else None):
+        generator = torch.Generator().manual_seed(number)
         x = sample(predict, diffusion, part.to(device), sampler, steps, generator=generator)
-        done.append(to_uint8(x).cpu())
-    return torch.cat(done)
+        done[number] = to_uint8(x).cpu()
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, done)
+        done = {number: images for share in shares for number, images in share.items()}
+    return torch.cat([done[number] for number, _ in parts])
 
 
 def main(argv=None):
@@ -731,16 +769,26 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Train one dense DDPM and draw a grid of samples.")
     add_training_flags(parser)
     parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(samples=100)
     args = parser.parse_args(argv)
     fill_defaults(args)
-    out = args.out or f"runs/ddpm_{args.dataset}"
+    args.out = args.out or f"runs/ddpm_{args.dataset}"
     try:
-        os.makedirs(out, exist_ok=True)
-        device, why = pick_device(args.device)
-        precision, why_precision = pick_precision(args.precision, device)
-        images, _ = load_images(args.dataset, args.data_dir)
+        train_one(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"{error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped; nothing is kept. lth_diffusion.py goes on where it stopped.\n")
+
+
+def train_one(args):
+    """Train, sample, save: what the command line does."""
+    os.makedirs(args.out, exist_ok=True)
+    device, why = pick_device(args.device)
+    precision, why_precision = pick_precision(args.precision, device)
+    images, _ = load_images(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
     model = UNet(images.shape[1], image_size=images.shape[-1], **PRESETS[args.preset]).to(device)
     diffusion = Diffusion(schedule=args.schedule)
@@ -750,15 +798,17 @@ def main(argv=None):
     start = time.monotonic()
     ema, losses = train(model, diffusion, images.to(device), steps=args.steps, batch=args.batch, lr=args.lr,
                         lr_schedule=args.lr_schedule, optimizer=args.optimizer, ema_decay=args.ema,
-                        flip=args.dataset.startswith("cifar"), seed=args.seed, precision=precision)
+                        flip=args.dataset.startswith("cifar"), seed=args.seed, precision=precision,
+                        warmup=max(1, args.steps // 20))
     trained = time.monotonic()
-    x_T = torch.randn(100, *images.shape[1:], generator=torch.Generator().manual_seed(args.seed))
+    x_T = torch.randn(args.samples, *images.shape[1:], generator=torch.Generator().manual_seed(args.seed))
     drawn = draw_samples(ema.model, diffusion, x_T, precision, args.sampler, args.nfe)
-    save_grid(drawn, f"{out}/samples.png")
-    state = dict(config=model.config, model=model.state_dict(), ema=ema.model.state_dict())
-    torch.save(state, f"{out}/model.pt")
+    save_grid(drawn, f"{args.out}/samples.png")
+    with atomic(f"{args.out}/model.pt") as temporary:
+        torch.save(dict(config=model.config, model=model.state_dict(), ema=ema.model.state_dict()), temporary)
     print(f"trained {args.steps} steps in {trained - start:.0f} s, loss {losses[-1][1]:.4f}; drew "
-          f"{len(drawn)} images in {time.monotonic() - trained:.0f} s: {out}/samples.png, {out}/model.pt")
+          f"{len(drawn)} images in {time.monotonic() - trained:.0f} s: {args.out}/samples.png, "
+          f"{args.out}/model.pt")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ the pictures, and every run's weights and ticket.
 import argparse
 import contextlib
 import csv
+import datetime
+import hashlib
 import json
 import math
 import os
@@ -19,24 +21,26 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
 import PIL
 import scipy
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import metrics
 from ddpm import (Diffusion, add_training_flags, atomic, batch_at, denoiser, draw_samples, fill_defaults,
-                  fraction, load_images, pick_device, pick_precision, positive_int, to_float, train)
+                  fraction, load_images, pick_device, pick_precision, positive_int, ranks, to_float, train)
 from prune import (RigL, apply_masks, blocks_of, cka_rates, dense_channels, dense_masks, init_scores,
                    live_counts, mask_hooks, narrower, pack_masks, prunable, prune_channels, prune_scores,
                    ramp_rates, random_channels, random_masks, random_scores, rst_hooks, save_ticket, shrink,
                    taylor_scores, unpack_masks)
 from unet import PRESETS, UNet
 
-FORMAT = 1  # of the state files; a file of another version is refused
+FORMAT = 2  # of the state files; a file of another version is refused
 METHODS = ("imp", "oneshot", "magnitude-init", "random", "rigl", "set", "rst")
 BEFORE_TRAINING = METHODS[2:]  # these choose at theta_0, so that rewinding means step 0
 SCOPES = {"magnitude-init": "layer", "rigl": "erk", "set": "erk", "rst": "layer"}  # prescribed by these
@@ -56,8 +60,9 @@ COLUMNS = """seed round arm sparsity live_weights total_weights fid_domain preci
     train_memory sample_memory""".split()
 
 
-QUALITY = dict(fid_domain="fid_domain", precision_domain="prec.", recall_domain="recall", fid="fid",  # name in
-               kid="kid", inception_score="IS", precision="prec. (I)", recall="recall (I)")  # the short table
+# column -> its name in the table at the end
+QUALITY = dict(fid_domain="fid_domain", precision_domain="prec.", recall_domain="recall", fid="fid",
+               kid="kid", inception_score="IS", precision="prec. (I)", recall="recall (I)")
 FORMS = dict(val_loss="{:.4f}", kid="{:.4f}")
 
 
@@ -110,10 +115,10 @@ def parse_args(argv=None):
 
 def check_args(args, parser):
     """Refuse, with the flag named, what no single flag's type can see."""
-    if args.nfe > 1000:
-        parser.error(f"argument --nfe: {args.nfe} network evaluations are more than the chain's 1000 steps")
-    if args.samples < 2:
-        parser.error("argument --samples: a covariance needs 2 at least")
+    if args.samples < 4:
+        parser.error("argument --samples: precision and recall, by 3 neighbours, need 4 at least")
+    if round(args.rewind * args.steps) >= args.steps:
+        parser.error(f"argument --rewind: {args.rewind} of {args.steps} steps leaves none to train")
     if not 0 < args.prune_rate:
         parser.error("argument --prune-rate: 0 prunes nothing")
     if args.control_rounds[-1] > args.rounds:
@@ -240,7 +245,9 @@ class Experiment:
         if method == "rst" and job.arm == "rewind":
             return Job(job.seed, job.round, "transform")
         moved = method in ("rigl", "set") and job.arm != "rewind"  # their mask is known at the end only
-        return Job(job.seed, job.round, "rewind") if moved else None
+        if moved:
+            return Job(job.seed, job.round, "rewind")
+        return Job(job.seed, 0, "dense") if job.arm == "finetune" else None
 
     def scores(self, job, model):
         """What weights are ranked by."""
@@ -249,6 +256,7 @@ class Experiment:
             return init_scores(model, generator)
         if self.args.method in ("random", "rigl", "set", "rst"):
             return random_scores(model, generator)
+        model.eval()  # no dropout in what weights are ranked by
         if self.args.score == "magnitude":
             return {name: p.detach().abs() for name, p in prunable(model).items()}
         T, device = self.diffusion.T, self.device
@@ -274,15 +282,8 @@ class Experiment:
         return prune_scores(self.scores(job, model), masks, fraction, scope, rates)
 
     def similarity(self, seed):
-        """{residual block: mean CKA of its convolutions' weights} of two dense runs from one theta_k that saw
-        the data in different orders (2310.18823 compares tickets so)."""
-        twin, probe = (self.rebuild(self.load(Job(seed, 0, arm)))[0] for arm in ("twin", "probe"))
-        other, by_block = prunable(probe), {}
-        for name, p in prunable(twin).items():
-            if p.dim() == 4 and len(p) > 3:
-                value = metrics.cka(p.detach().cpu(), other[name].detach().cpu())
-                by_block.setdefault(blocks_of(twin)[name], []).append(value)
-        return {block: float(np.mean(values)) for block, values in by_block.items()}
+        """block_similarity of two dense runs from one theta_k that saw the data in different orders."""
+        return block_similarity(*(self.rebuild(self.load(Job(seed, 0, arm)))[0] for arm in ("twin", "probe")))
 
     def find_channels(self, job):
         """Which hidden channels of the dense network live in this round's channel ticket."""
@@ -329,7 +330,7 @@ class Experiment:
         elif job.arm == "rewind" and self.args.method == "rst":
             model, _ = self.rebuild(self.load(self.parent(job)))
         elif job.arm == "finetune":
-            before = self.load(self.parent(job) or Job(job.seed, 0, "dense"))
+            before = self.load(self.parent(job))
             model, _ = self.rebuild(before)
             changed = dict(lr=FINETUNE_LR * self.args.lr, lr_schedule="constant", warmup=0)
             if channels is not None and before["channels"]:  # positions in the parent's smaller network
@@ -364,27 +365,33 @@ class Experiment:
         if masks is None:
             return {}, None
         if a.method in ("rigl", "set") and job.arm == "rewind":
-            moving = RigL(model, masks, a.steps, every=max(1, min(100, a.steps // 50)), seed=job.seed,
+            moving = RigL(model, masks, a.steps, every=self.rigl_every(), seed=job.seed,
                           grow="gradient" if a.method == "rigl" else "random")
             return dict(after_backward=moving.after_backward, after_step=moving.after_step), moving
         return mask_hooks(model, masks), None
+
+    def rigl_every(self):
+        """Steps between two moves of the masks: 100 (1911.11134), less on short runs."""
+        return max(1, min(100, self.args.steps // 50))
 
     def train(self, job, guard):
         """Train one job, going on from its partial state if there is one: (model, ema, masks, the rest)."""
         partial = job.path(self.args.out, ".partial.pt")
         model, masks, channels, start, changed = self.start(job)
         state = load_state(partial) if os.path.exists(partial) else None
+        if state and state["masks"] is not None:  # as they were: a score need not come out equal twice
+            masks = unpack_masks(model, state["masks"])
         hooks, moving = self.hooks(job, model, masks)
-        if moving and state:
-            moving.masks = unpack_masks(model, state["moving"])
         before, began = (state["seconds"] if state else 0.0), time.monotonic()
 
         def save(state):
+            now = moving.masks if moving else masks
             save_state(partial, state | dict(seconds=before + time.monotonic() - began,
-                                             moving=pack_masks(moving.masks) if moving else None))
+                                             masks=None if now is None else pack_masks(now)))
         with guard.training(save):
             ema, losses = train(model, self.diffusion, self.images, start=start, state=state,
                                 checkpoint=guard, **self.options(job, **changed), **hooks)
+        same_on_all_ranks(moving.masks if moving else masks)
         if job.arm == "transform" or masks is None:
             masks = dense_masks(model)  # nothing is cut yet, or what was cut is gone from the network
         return model, ema.model, moving.masks if moving else masks, dict(
@@ -410,6 +417,8 @@ class Experiment:
             samples = draw_samples(model, self.diffusion, self.x_T(a.samples), self.precision, a.sampler,
                                    a.nfe, label=f"{job}: sample")
             seconds = time.monotonic() - began
+        if ranks()[0]:  # the rest is rank 0's
+            return None, None
         macs = metrics.count_macs(model, torch.zeros(1, *shape, device=self.device),
                                   torch.zeros(1, dtype=torch.int64, device=self.device), masks)
         ticket = job.path(a.out, ".ticket")
@@ -443,31 +452,46 @@ class Experiment:
         evaluations an image and step (forward, and twice backward): what a sparse machine would do."""
         parent, each = self.parent(job), 3 * macs_live
         if self.args.method == "rigl" and job.arm == "rewind":  # now and then a dense gradient (1911.11134)
-            every = max(1, min(100, self.args.steps // 50))
+            every = self.rigl_every()
             each = (3 * macs_live * every + 2 * macs_live + macs_dense) / (every + 1)
         before = dict(train_steps_total=0, train_macs_total=0)
         if job.round == 0 and parent:  # theta_k is all that it takes from the dense run
             before = dict(train_steps_total=self.k, train_macs_total=each * self.args.batch * self.k)
         elif parent:
             before = self.load(parent)["row"]
+        if self.args.scope == "cka" and parent and parent.round == 0 < job.round:  # what similarity took
+            steps += 2 * (self.args.steps - self.k)
         return dict(train_steps_total=before["train_steps_total"] + steps,
                     train_macs_total=round(before["train_macs_total"] + each * self.args.batch * steps))
 
     def run(self, job, guard):
-        """Do one job from start to its saved state; return its row of the table."""
+        """Do one job from start to its saved state; return its row of the table (None but on rank 0)."""
         with metrics.PeakMemory(self.device) as memory:
             model, ema, masks, done = self.train(job, guard)
         live = sum(live_counts(masks).values())
         total = sum(p.numel() for p in prunable(self.new_model(0)).values())
+        pictures, measured = self.evaluate(job, ema, masks)
+        if measured is None:
+            return None
         row = dict(seed=job.seed, round=job.round, arm=job.arm, sparsity=1 - live / total, live_weights=live,
                    total_weights=total, train_loss=done["losses"][-1][1], train_seconds=done["seconds"],
                    train_memory=memory.bytes, steps=done["steps"])
-        pictures, measured = self.evaluate(job, ema, masks)
         row |= measured | self.spent(job, row["steps"], measured["macs_dense"], measured["macs_live"])
         save_state(job.path(self.args.out), dict(
             config=model.config, model=model.state_dict(), ema=ema.state_dict(), masks=pack_masks(masks),
             channels=done["channels"], losses=done["losses"], row=row, pictures=pictures))
         return row
+
+
+def block_similarity(a, b):
+    """{residual block: mean CKA of its convolutions' weights in two models of one shape} (2310.18823 compares
+    tickets so); NaN where every row of a layer is alike."""
+    other, by_block = prunable(b), {}
+    for name, p in prunable(a).items():
+        if p.dim() == 4 and len(p) > 3:
+            value = metrics.cka(p.detach().cpu(), other[name].detach().cpu())
+            by_block.setdefault(blocks_of(a)[name], []).append(value)
+    return {block: float(np.mean(values)) for block, values in by_block.items()}
 
 
 class Guard:
@@ -493,11 +517,50 @@ class Guard:
             self.save = None
 
     def __call__(self, get_state):
+        self.stop = any_rank(self.stop)  # else the others would wait for a rank that has gone
         if self.stop or time.monotonic() - self.last > self.EVERY:
             self.save(get_state())
             self.last = time.monotonic()
         if self.stop:
             raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------ several ranks, under torchrun
+
+def join_ranks():
+    """Under torchrun: meet the other ranks, over gloo on CPUs and NCCL on GPUs. Rank 0 alone speaks."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                            timeout=datetime.timedelta(hours=4))  # rank 0 measures while the others wait
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+
+
+def any_rank(flag):
+    """Whether the flag is up on any rank."""
+    if ranks()[1] == 1:
+        return flag
+    raised = torch.tensor(float(flag))
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return bool(raised)
+
+
+def wait_for_all():
+    """Go on when every rank has come here: what rank 0 wrote before is there for all."""
+    any_rank(False)
+
+
+def same_on_all_ranks(masks):
+    """RuntimeError when the ranks have come to different masks."""
+    found = [None] * ranks()[1]
+    if masks is not None and len(found) > 1:
+        bits = b"".join(value.numpy().tobytes() for value in pack_masks(masks).values())
+        dist.all_gather_object(found, hashlib.sha256(bits).hexdigest())
+        if len(set(found)) > 1:
+            raise RuntimeError("the ranks have come to different masks: they do not share one --out folder")
 
 
 # ------------------------------------------------------------------------------------------ files of a run
@@ -507,7 +570,9 @@ def theta_path(out, seed):
 
 
 def save_state(path, state):
-    """Write a state file in one piece or not at all."""
+    """Write a state file in one piece or not at all, on rank 0. OSError when the disk will not take it."""
+    if ranks()[0]:
+        return
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with atomic(path) as temporary:
         torch.save(dict(format=FORMAT, **state), temporary)
@@ -516,6 +581,9 @@ def save_state(path, state):
 def load_state(path):
     """A dict that save_state wrote. Raises OSError naming a file that is damaged or of another version."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:  # torch.load does not compare checksums
+                raise ValueError("a flipped bit")
         state = torch.load(path, weights_only=True, map_location="cpu")
         version = state["format"]
     except FileNotFoundError:
@@ -527,12 +595,28 @@ def load_state(path):
     return state
 
 
-FREE = ("device", "precision", "data_dir", "out", "inception")  # may differ when a run goes on
+@contextlib.contextmanager
+def alone_in(out):
+    """Hold the folder: a second run on it is refused. The lock goes with its process, however that ends."""
+    if ranks()[0]:  # rank 0 holds it for all
+        yield
+        return
+    with open(os.path.join(out, "lock"), "w") as file:
+        with contextlib.suppress(ImportError):  # Windows has no such locks: there it is left to the user
+            import fcntl
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OSError(f"{out} is in use by another run: wait for it, or choose another --out")
+        yield
+
+
+FREE = ("device", "precision", "data_dir", "out", "inception", "seeds")  # may differ when a run goes on
 
 
 def check_config(args, parser):
     """Refuse to mix two experiments in one folder; name the flag that differs."""
-    path, now = os.path.join(args.out, "config.json"), {k: v for k, v in vars(args).items() if k not in FREE}
+    path, now = os.path.join(args.out, "config.json"), vars(args)
     if os.path.exists(path):
         try:
             with open(path) as file:
@@ -540,7 +624,7 @@ def check_config(args, parser):
         except (ValueError, KeyError):
             parser.error(f"{path} is damaged; delete the folder or choose another --out")
         for name in now:
-            if then.get(name) != now[name]:
+            if name not in FREE and then.get(name) != now[name]:
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"argument {flag}: {args.out} was made with {then.get(name)}, not "
                              f"{now[name]}; choose another --out, or the same flags to go on")
@@ -608,7 +692,8 @@ def announce(exp, jobs, rows):
           f"fid        {exp.why_inception}\n"
           f"model      U-Net {a.preset}: {total:,} parameters, {weights:,} of them prunable\n"
           f"plan       seeds {a.seeds}; {a.method} by {a.granularity}, {a.scope}, {a.rounds} rounds of "
-          f"-{100 * a.prune_rate:.1f} %, down to {100 * (1 - a.prune_rate) ** a.rounds:.1f} %; rewind to "
+          f"-{100 * a.prune_rate:.1f} %, down to {100 * (1 - a.prune_rate) ** a.rounds:.1f} % of the "
+          f"{'weights' if a.granularity == 'weight' else 'hidden channels'}; rewind to "
           f"step {exp.k} of {a.steps}\n"
           f"           {len(jobs)} runs, {len(rows)} of them done; about {clock(left)} to go here "
           f"({step:.3f} s a step of {a.batch})", flush=True)
@@ -644,12 +729,13 @@ def summarise(rows, floor, n):
     table = []
     for (round, arm), group in groups.items():
         def spread(name):
-            values, form = [row[name] for row in group], FORMS.get(name, "{:.2f}")
+            values, form = [row.get(name, np.nan) for row in group], FORMS.get(name, "{:.2f}")
             deviation = f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else ""
             return form.format(np.mean(values)) + deviation
         one = group[0]
         table.append([round, arm, f"{100 * one['sparsity']:.1f} %", f"{one['live_weights']:,}", len(group),
-                      *map(spread, shown), f"{one['macs_live'] / 1e6:.1f}", f"{one['ticket_bytes'] / 1e3:,.0f}",
+                      *map(spread, shown), f"{one['macs_live'] / 1e6:.1f}",
+                      f"{one['ticket_bytes'] / 1e3:,.0f}",
                       f"{np.mean([r['train_seconds'] for r in group]):.0f}",
                       f"{np.mean([r['seconds_per_1000'] for r in group]):.1f}"])
     header = ["round", "arm", "pruned", "live weights", "seeds", *(QUALITY.get(name, name) for name in shown),
@@ -669,10 +755,10 @@ def conclude(exp, rows):
     for round, verdict in metrics.verdicts(tables, margin=MARGIN).items():
         means = {name: np.mean(list(values.values())) for name, values in tables[round].items() if values}
         if len(means) == 4:
-            pruned = 100 * (1 - (1 - a.prune_rate) ** round)
+            pruned = 100 * next(row["sparsity"] for job, row in rows.items() if job[1:] == (round, "rewind"))
             figures = ", ".join(f"{name} {value:.1f}" for name, value in means.items())
-            said.append(f"At {pruned:.1f} % sparsity fid_domain is {figures} (floor {exp.floor['fid_domain']:.1f}); "
-                        f"{verdict}.")
+            said.append(f"At {pruned:.1f} % sparsity fid_domain is {figures} "
+                        f"(floor {exp.floor['fid_domain']:.1f}); {verdict}.")
     if a.samples < 10_000:
         said.append(f"{a.samples:,} samples a figure: not comparable with papers, only within this table.")
     return "\n".join(said)
@@ -731,11 +817,121 @@ def draw_quality(exp, rows, note):
                                dots=list(by_round.values()) if n > 1 else [],
                                y_low=np.subtract(means, spread), y_high=np.add(means, spread),
                                style="solid" if arm == "rewind" else "points"))
-    ticks = [(r, f"{100 * (1 - (1 - a.prune_rate) ** r):.0f} %") for r in range(a.rounds + 1)]
+    ticks = [(job.round, f"{100 * row['sparsity']:.0f} %") for job, row in rows.items()
+             if job.arm in ("dense", "rewind") and job.seed == a.seeds[0]]
     line_chart(series, os.path.join(a.out, "quality_vs_sparsity.png"),
                "Quality of tickets and controls by sparsity", "weights pruned",
                "fid_domain (lower is better)",
                hlines=levels, x_ticks=ticks, note=f"{note} Bars: standard deviation over seeds.")
+
+
+# ------------------------------------------------------------------------------------------------- the job
+
+def write_config(exp, settings):
+    """config.json: the settings and the provenance of what is measured. ValueError where a run that goes on
+    would mix two precisions, data sets or rulers in one table."""
+    path, precision = os.path.join(exp.args.out, "config.json"), exp.precision
+    source = provenance(
+        " ".join(sys.argv), exp.device, precision=precision, ranks=ranks()[1], margin=MARGIN,
+        primary_metric="fid_domain", floor=exp.floor, floor_n=len(exp.real),
+        data_hash=metrics.images_hash(exp.images), classifier_hash=metrics.weights_hash(exp.classifier))
+    if os.path.exists(path):
+        then = metrics.read_file(path, "delete the folder or choose another --out")
+        for name, flag in (("precision", f"--precision {then.get('precision')}"),
+                           ("data_hash", "the same data"), ("classifier_hash", "the same classifier")):
+            if then.get(name) != source[name]:
+                raise ValueError(f"{exp.args.out} was made with {name} {then.get(name)}, here it is "
+                                 f"{source[name]}: use {flag}, or choose another --out")
+        commits = str(then["commit"]).split(", then ")
+        source["commit"] = ", then ".join(dict.fromkeys([*commits, str(source["commit"])]))
+    with atomic(path) as temporary:
+        metrics.write_text(temporary, json.dumps(dict(args=settings, **source), indent=1))
+
+
+def run(args, parser):
+    """Do every job of the plan that is not done yet, then tell and draw what happened."""
+    settings = check_config(args, parser)
+    exp, jobs, rows = Experiment(args), plan(args), read_rows(args)
+    wait_for_all()
+    first = ranks()[0] == 0
+    if first:
+        write_config(exp, settings)
+    cost, guard = announce(exp, jobs, rows), Guard()
+    for number, job in enumerate(jobs, 1):
+        if job in rows:
+            continue
+        partial = job.path(args.out, ".partial.pt")
+        if os.path.exists(partial):
+            print(f"going on with {job} at step {load_state(partial)['step']} of {args.steps}", flush=True)
+        row = exp.run(job, guard)
+        wait_for_all()
+        row = rows[job] = row or exp.load(job)["row"]
+        if not first:
+            continue
+        if os.path.exists(partial):
+            os.remove(partial)
+        write_results(args, rows)
+        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(row) + "\n")
+        left = sum(cost[other.arm] for other in jobs if other not in rows)
+        print(f"[{number}/{len(jobs)}] {job}: {100 * row['sparsity']:.1f} % pruned, {row['live_weights']:,} "
+              f"live | fid_domain {row['fid_domain']:.2f} (n={row['n_samples']:,}) | val_loss "
+              f"{row['val_loss']:.4f} | train {row['train_seconds']:.0f} s | about {clock(left)} to go",
+              flush=True)
+    if first:
+        finish(exp, rows)
+
+
+def finish(exp, rows):
+    """Tell and draw what happened."""
+    args = exp.args
+    write_results(args, rows)
+    draw_everything(exp, rows)
+    header, table = summarise(rows, exp.floor, len(exp.real))
+    table_text, said = text_table(header, table), conclude(exp, rows)
+    with atomic(os.path.join(args.out, "table.md")) as temporary, open(temporary, "w") as file:
+        file.write(markdown_table(header, table) + "\n\n" + said + "\n")
+    print(f"\n{table_text}\n\n{said}\n\nPictures and tables: {args.out}/")
+
+
+def open_run(out=None):
+    """(Experiment, {job: row}) of a finished run, for the studies; without a name, of a small one on digits,
+    which is made first where it is not there (minutes). OSError for a folder that holds no run."""
+    if out is None:
+        args, parser = parse_args(["--rounds", "3", "--final-sparsity", "0.9"])
+        os.makedirs(args.out, exist_ok=True)
+        with alone_in(args.out):
+            run(args, parser)
+        out = args.out
+    way_out = "name a folder that lth_diffusion.py wrote"
+    settings = metrics.read_file(os.path.join(out, "config.json"), way_out)["args"]
+    args = argparse.Namespace(**settings | dict(out=out))
+    return Experiment(args), read_rows(args)
+
+
+def main(argv=None):
+    """The command line: exit code 2 for a mistake of the user's, 1 for a diverged run, 130 for Ctrl-C."""
+    args, parser = parse_args(argv)
+    try:
+        join_ranks()
+        if args.batch % ranks()[1]:
+            raise ValueError(f"argument --batch: {args.batch} images cannot be shared by {ranks()[1]} ranks")
+        os.makedirs(args.out, exist_ok=True)
+        with alone_in(args.out):
+            run(args, parser)
+        if ranks()[1] > 1:
+            dist.destroy_process_group()
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        parser.exit(1, f"out of memory ({str(error).splitlines()[0][:160]}): lower --batch, or choose a "
+                    f"smaller --preset. What was done before is kept in {args.out}.\n")
+    except FloatingPointError as error:
+        parser.exit(1, f"{error}. What was done before is kept in {args.out}.\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped. The same command goes on from here; what is done is in {args.out}.\n")
 
 
 # ------------------------------------------------------------------------- pictures, drawn with Pillow alone
@@ -934,8 +1130,7 @@ def sample_rows(rows, path, title, note=""):
     page.save(path, chart=False)
 
 
-def heat_map(matrix, row_labels, col_labels, path, title, note="", fmt="{:.2f}", log=False,
-             x_label="", bar_label=""):
+def heat_map(matrix, row_labels, col_labels, path, title, note="", log=False, x_label="", bar_label=""):
     """A matrix [rows][columns] in colours, with its values where they fit; None and NaN are grey."""
     values, high, size = np.array(matrix, float), 20, 12
     left = 28 + max(_size(label, size)[0] for label in row_labels)
@@ -951,7 +1146,7 @@ def heat_map(matrix, row_labels, col_labels, path, title, note="", fmt="{:.2f}",
         y = top + (i + 0.5) * high
         page.text(left - 8, y, label, size, anchor="rm")
         for j, u in enumerate(scale(values[i])):
-            x, text = left + j * wide, fmt.format(values[i, j])
+            x, text = left + j * wide, f"{values[i, j]:.2f}"
             colour = VIRIDIS[round(256 * u)] if math.isfinite(u) else EMPTY
             page.line([(x, y), (x + wide - 1, y)], colour, high - 1)
             if math.isfinite(u) and _size(text, size - 1)[0] < wide - 4:
@@ -987,59 +1182,6 @@ def markdown_table(header, rows):
     lines = [head, ["---:" if r else "---" for r in right], *table]
     return "\n".join(f"| {' | '.join(line)} |" for line in (
         [t.replace("|", "\\|").replace("\n", "<br>") for t in line] for line in lines))
-
-
-# ------------------------------------------------------------------------------------------------- the job
-
-def run(args, parser):
-    """Do every job of the plan that is not done yet, then tell and draw what happened."""
-    settings = check_config(args, parser)
-    os.makedirs(args.out, exist_ok=True)
-    exp, jobs, rows = Experiment(args), plan(args), read_rows(args)
-    source = provenance(
-        " ".join(sys.argv), exp.device, precision=exp.precision, primary_metric="fid_domain", margin=MARGIN,
-        floor=exp.floor, floor_n=len(exp.real), data_hash=metrics.images_hash(exp.images),
-        classifier_hash=metrics.weights_hash(exp.classifier))
-    with atomic(os.path.join(args.out, "config.json")) as temporary:
-        metrics.write_text(temporary, json.dumps(dict(args=settings, **source), indent=1))
-    cost, guard = announce(exp, jobs, rows), Guard()
-    for number, job in enumerate(jobs, 1):
-        if job in rows:
-            continue
-        partial = job.path(args.out, ".partial.pt")
-        if os.path.exists(partial):
-            print(f"going on with {job} at step {load_state(partial)['step']} of {args.steps}", flush=True)
-        row = rows[job] = exp.run(job, guard)
-        if os.path.exists(partial):
-            os.remove(partial)
-        write_results(args, rows)
-        with open(os.path.join(args.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(row) + "\n")
-        left = sum(cost[other.arm] for other in jobs if other not in rows)
-        print(f"[{number}/{len(jobs)}] {job}: {100 * row['sparsity']:.1f} % pruned, {row['live_weights']:,} "
-              f"live | fid_domain {row['fid_domain']:.2f} (n={row['n_samples']:,}) | val_loss "
-              f"{row['val_loss']:.4f} | train {row['train_seconds']:.0f} s | about {clock(left)} to go",
-              flush=True)
-    write_results(args, rows)
-    draw_everything(exp, rows)
-    header, table = summarise(rows, exp.floor, len(exp.real))
-    table_text, said = text_table(header, table), conclude(exp, rows)
-    with atomic(os.path.join(args.out, "table.md")) as temporary, open(temporary, "w") as file:
-        file.write(markdown_table(header, table) + "\n\n" + said + "\n")
-    print(f"\n{table_text}\n\n{said}\n\nPictures and tables: {args.out}/")
-
-
-def main(argv=None):
-    """The command line: exit code 2 for a mistake of the user's, 1 for a diverged run, 130 for Ctrl-C."""
-    args, parser = parse_args(argv)
-    try:
-        run(args, parser)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    except FloatingPointError as error:
-        parser.exit(1, f"{error}. What was done before is kept in {args.out}.\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped. The same command goes on from here; what is done is in {args.out}.\n")
 
 
 if __name__ == "__main__":

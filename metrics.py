@@ -427,8 +427,8 @@ def quality(model, images, real, reference):
     columns = dict(fid=fid(feats, reference), precision=precision, recall=recall)
     if not isinstance(model, InceptionV3):
         return columns
-    value, error = kid(feats, real, subset_size=min(1000, len(feats), len(real)))
-    score, _ = inception_score(logits.softmax(1))  # of the logits, fc bias included
+    value, error = kid(feats, real, subset_size=min(1000, min(len(feats), len(real)) // 2))
+    score, _ = inception_score(logits.softmax(1), min(10, len(logits)))  # of the logits, fc bias included
     return columns | dict(kid=value, kid_error=error, inception_score=score)
 
 
@@ -565,6 +565,14 @@ def seconds_per_1000(fn, n, repeats=3, warmup=1, device="cpu"):
     wait = getattr(torch, torch.device(device).type).synchronize  # clocks read before it returns say nothing
     times = timeit.repeat(lambda: (fn(), wait()), setup=wait, number=1, repeat=warmup + repeats)
     return float(np.median(times[warmup:])) * 1000 / n
+
+
+def seconds_in_turns(works, n, warmup=1, device="cpu"):
+    """Seconds [n, len(works)] of calling each of works, functions, in turn, n times after the warm-up: what
+    slows the machine for a while slows all of them, so that the ratios of a row can be trusted."""
+    wait = getattr(torch, torch.device(device).type).synchronize
+    return np.array([[timeit.timeit(lambda: (work(), wait()), setup=wait, number=1) for work in works]
+                     for _ in range(warmup + n)])[warmup:]
 
 
 class PeakMemory:

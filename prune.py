@@ -179,7 +179,7 @@ def taylor_scores(model, losses, stop=0.05):
     """|w * gradient|, the gradient summed over the losses of successive time steps (2305.10924, section 3).
 
     losses: an iterable of scalar losses L_t, made one by one. The sum stops at the first L_t below `stop`
-    times the largest so far: late, nearly noise-free steps would drown the score in their own noise.
+    times the largest so far: where x_t is nearly pure noise, eps is easy and its gradients say little.
     """
     model.zero_grad()
     largest = 0.0
@@ -321,9 +321,9 @@ def rst_hooks(model, masks, steps, total=10.0):
     complement out of the network before it is cut.
 
     The weights that will go get no gradient, only a decoupled shrinkage w <- w * (1 - lr * lambda): a
-    gradient term would be normalised away by Adam. lambda grows linearly over the first 5/9 of the steps and
-    is then held (the authors' 50,000 and 40,000), scaled so that the sum of lr * lambda is `total`: what is
-    left is about e**-total.
+    gradient term would be normalised away by Adam. The product lr * lambda, whatever the rate does, grows
+    linearly over the first 5/9 of the steps and is then held (the authors' 50,000 and 40,000), scaled so that
+    its sum is `total`: what is left is about e**-total.
     """
     shape = [min(1.0, (step + 1) / max(1, 5 * steps // 9)) for step in range(steps)]
     rates = [total * value / sum(shape) for value in shape]

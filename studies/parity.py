@@ -258,14 +258,7 @@ def sampler_rows():
 
 def race(quantity, ours, theirs, goal, n):
     """Row of the seconds of ours() and theirs(), called in turns: n pairs after one that does not count."""
-    times = []
-    for _ in range(n + 1):
-        marks = [time.perf_counter()]
-        for work in (ours, theirs):
-            work()
-            marks.append(time.perf_counter())
-        times.append(np.diff(marks))
-    times = np.array(times[1:])  # (n, 2)
+    times = metrics.seconds_in_turns((ours, theirs), n)  # (n, 2)
     ratios = times[:, 1] / times[:, 0]
     # A median short of the goal that some pair reaches is noise; when none does, it is a finding.
     verdict = "ok" if np.median(ratios) >= goal else "ok, within spread" if ratios.max() >= goal else "SLOWER"

@@ -504,8 +504,9 @@ def test_digits_cache(tmp_path, few_digits, monkeypatch):
     assert images.shape == (50, 1, 28, 28) and images.dtype == torch.uint8 and labels.dtype == torch.int64
     test = ddpm.load_images("digits", tmp_path, "test")[0]
     assert len(test) == 20 and not torch.equal(test, images[:20])
-    path = tmp_path / "digits" / "train.npz"
-    assert sorted(os.listdir(tmp_path / "digits")) == ["test.npz", "train.npz"]
+    path = tmp_path / "digits" / f"train-{ddpm.DRAWING}.npz"
+    assert sorted(os.listdir(tmp_path / "digits")) == [
+        f"{split}-{ddpm.DRAWING}.npz" for split in ("test", "train")]
     whole, draw = path.read_bytes(), ddpm.draw_digits
     monkeypatch.setattr(ddpm, "draw_digits", None)  # the cache alone must do
     assert torch.equal(ddpm.load_images("digits", tmp_path)[0], images)
@@ -526,11 +527,12 @@ def test_digits_without_a_writable_folder(tmp_path, few_digits, capsys):
     root.mkdir()
     root.chmod(0o555)  # respected even by the superuser
     images = ddpm.load_images("digits", root)[0]
-    assert os.listdir(root) == [] and os.listdir("runs/cache/digits") == ["train.npz"]
+    assert os.listdir(root) == [] and os.listdir("runs/cache/digits") == [
+        f"train-{ddpm.DRAWING}.npz"]
     assert torch.equal(ddpm.load_images("digits", root)[0], images)
     root.chmod(0o755)
     (tmp_path / "file").write_text("")
-    os.remove("runs/cache/digits/train.npz")
+    os.remove(f"runs/cache/digits/train-{ddpm.DRAWING}.npz")
     os.rmdir("runs/cache/digits")
     Path("runs/cache/digits").write_text("")
     assert torch.equal(ddpm.load_images("digits", tmp_path / "file")[0], images)  # drawn, though not kept

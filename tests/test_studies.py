@@ -1,4 +1,5 @@
 """The studies, each through its command line."""
+import collections
 import csv
 import json
 import os
@@ -7,8 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 
-from studies import parity
+import lth_diffusion as lth
+from prune import dense_masks, live_counts, prune_magnitude
+from studies import methods, parity, robustness, samplers, speed, tickets
+from unet import UNet
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -24,7 +29,7 @@ def test_parity_with_every_peer(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 27 and {row["verdict"] for row in rows} == {"ok", "for information"}
     source = json.load(open(tmp_path / "parity.json"))
-    assert source["rows"] == len(rows) and set(parity.PEERS) < set(source["versions"])
+    assert set(source["peers"]) == set(parity.PEERS) and source["seconds"] > 0
     assert (tmp_path / "parity.md").read_text().count("\n| ") == len(rows) + 1
 
 
@@ -59,3 +64,133 @@ def test_parity_race_counts_ratios_and_calls():
     row = parity.race("x", lambda: calls.append("ours"), slow, 5, n=2)
     assert calls == ["ours", "theirs"] * 3 and row.verdict == "ok" and "n=2" in row.quantity
     assert parity.race("x", lambda: time.sleep(0.01), lambda: time.sleep(0.01), 50, n=2).verdict == "SLOWER"
+
+
+# --- methods, tickets: real runs, as small as they can be
+
+SMALL = "--rounds 2 --steps 16 --batch 8 --samples 16 --nfe 2 --control-rounds 1 2".split()
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A folder in which studies.methods has compared imp, oneshot and random, random also at equal cost."""
+    folder = tmp_path_factory.mktemp("methods")
+    with pytest.MonkeyPatch.context() as patch:  # seconds, not minutes
+        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+        patch.setattr(lth, "draw_everything", lambda *_: None)
+        patch.setattr(lth, "announce", lambda *_: collections.defaultdict(float))
+        methods.main([*SMALL, "--only", "oneshot", "random", "--longer", "random", "--runs",
+                      str(folder / "runs"), "--results", str(folder)])
+    return folder
+
+
+def test_methods_table(compared):
+    with open(compared / "methods_digits.csv") as file:
+        rows = list(csv.DictReader(file))
+    steps = {(row["method"], row["pruned"]): int(row["total steps"]) for row in rows}
+    k = 1  # 5 % of 16 steps
+    assert steps["dense", "0.0 %"] == 16 and steps["imp", "20.0 %"] == 16 + 16 - k
+    assert steps["imp", "36.0 %"] == 16 + 2 * (16 - k) == steps["random, equal cost", "36.0 %"]
+    assert steps["oneshot", "36.0 %"] == 16 + 16 - k and steps["random", "36.0 %"] == 16
+    assert steps["dense, longer", "0.0 %"] == 16 + 2 * (16 - k)  # what longer training alone does
+    assert {"imp, reinit", "imp, random", "imp, small"} < {row["method"] for row in rows}
+    live = {row["live weights"] for row in rows if row["pruned"] == "36.0 %"}
+    assert len(live - {r["live weights"] for r in rows if "small" in r["method"]}) == 1
+    assert json.load(open(compared / "methods_digits.json"))["n"] == 16
+    assert (compared / "methods_digits.png").stat().st_size > 10_000
+
+
+def test_methods_share_the_dense_run(compared):
+    """One dense network for all that rewind to one step, to the bit."""
+    dense = [lth.load_state(compared / "runs" / name / "seed0" / "round00_dense.pt")["row"]
+             for name in ("imp", "oneshot")]
+    assert dense[0] == dense[1]
+
+
+def test_tickets_pictures(compared, capsys):
+    runs = [str(compared / "runs" / name) for name in ("imp", "oneshot", "random")]
+    tickets.main([*runs, "--out", str(compared)])
+    with open(compared / "tickets_overlap.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 and all(0 < float(row["by chance"]) < 1 for row in rows)
+    for name in ("density", "overlap", "theta_0", "theta_k", "cka"):
+        assert (compared / f"tickets_{name}.png").stat().st_size > 5_000
+    with pytest.raises(SystemExit) as stop:
+        tickets.main([str(compared), "--out", str(compared)])
+    assert stop.value.code == 2 and "config.json" in capsys.readouterr().err
+
+
+def test_overlap_and_survival_by_hand():
+    model = UNet(base=8, mults=(1,))
+    masks, generator = dense_masks(model), torch.Generator().manual_seed(0)
+    assert tickets.overlap(masks, masks) == (1.0, 1.0)
+    half = {name: torch.rand(mask.shape, generator=generator) < 0.5 for name, mask in masks.items()}
+    other = {name: ~mask for name, mask in half.items()}
+    assert tickets.overlap(half, half)[0] == 1.0 and tickets.overlap(half, other)[0] == 0.0
+    assert tickets.overlap(half, other)[1] == pytest.approx(1 / 3, abs=0.01)  # 1/4 of 3/4
+    kept = prune_magnitude(model, masks, 0.5, "layer")
+    rates = tickets.survival(kept, model)
+    # the largest half of every layer lives, so its upper five tenths live twice as often as the layer
+    big = max((n, name) for name, n in live_counts(masks).items() if rates[name][0] == rates[name][0])[1]
+    assert rates[big] == pytest.approx([0] * 5 + [2] * 5, abs=0.05)
+    assert all(r != r for r in rates["conv_out.weight"])  # it starts at zero: no order to speak of
+
+
+def test_speed_of_masks(tmp_path):
+    speed.main(["cost", "--turns", "1", "--device", "cpu", "--out", str(tmp_path)])
+    with open(tmp_path / "speed_cost.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 and all(float(row["seconds"]) > 0 for row in rows)
+    with pytest.raises(SystemExit):
+        speed.main(["nothing"])
+
+
+# --- studies of a finished run
+
+def test_robustness(compared, monkeypatch, capsys):
+    """Every network, every trouble; no budget changes nothing, PGD is the stronger attack."""
+    robustness.main(["--from", str(compared / "runs" / "imp"), "--images", "20", "--samples", "8",
+                     "--rounds", "0", "2", "--out", str(compared)])
+    said = capsys.readouterr().out
+    assert "no verdict" in said
+    with open(compared / "robustness_digits.csv") as file:
+        rows = list(csv.DictReader(file))
+    troubles = len(robustness.NOISE) + 2 * len(robustness.BUDGETS) + len(robustness.STARTS)
+    assert len(rows) == 6 * troubles  # dense, twin, rewind, reinit, random, small
+    for row in rows:
+        if row["size"] in ("0", "1 x_T +0"):
+            assert float(row["over its clean"]) == pytest.approx(1, abs=1e-4)
+    attack = {(r["arm"], r["trouble"], r["size"]): float(r["error"]) for r in rows}
+    assert attack["dense", "PGD", "0.1"] >= attack["dense", "FGSM", "0.1"] > attack["dense", "FGSM", "0"]
+    with pytest.raises(AssertionError):
+        robustness.check({("noise", 0.0): 1.0} | {(a, b): 1.0 + (a == "FGSM") * b for a in ("FGSM", "PGD")
+                                                  for b in robustness.BUDGETS})
+
+
+def test_pgd_stays_within_its_budget_and_finds_more_on_a_curve():
+    """A 'model' whose error has its maximum inside the ball of a far step: PGD must find more than FGSM."""
+    def model(x, t):
+        return torch.sin(5 * x)
+    x, eps, t = torch.full((2, 1, 2, 2), 0.1), torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+    moved = robustness.pgd(model, x, t, eps, 0.5)
+    assert float((moved - x).abs().max()) <= 0.5 + 1e-6
+    near = robustness.fgsm(model, x, t, eps, 0.5)
+    weak, strong = (robustness.error(model, v, t, eps) for v in (near, moved))
+    assert bool((strong > weak + 0.1).all())
+
+
+def test_samplers(compared, monkeypatch):
+    monkeypatch.setattr(samplers, "STEPS", dict(ddpm=(4,), ddim=(2, 4), dpm=(2,)))
+    samplers.main(["--from", str(compared / "runs" / "imp"), "--samples", "8", "--out", str(compared)])
+    with open(compared / "samplers_digits.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 4  # dense and the tickets of rounds 1 and 2
+    work = {(r["round"], r["evaluations"]): float(r["GMACs a sample"]) for r in rows}
+    assert work["0", "4"] == pytest.approx(2 * work["0", "2"], rel=1e-4)
+    assert work["2", "4"] < work["1", "4"] < work["0", "4"]
+    assert any(r["front of work"] for r in rows)
+
+
+def test_front_by_hand():
+    rows = [[None] * 7 + [work, 0, fid] for work, fid in ((1, 9), (2, 5), (3, 5), (2, 7), (4, 1))]
+    assert samplers.on_front(rows, 7) == [True, True, False, False, True]

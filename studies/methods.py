@@ -1,0 +1,141 @@
+"""Which way of finding a ticket is worth its cost? Every method at equal density and at equal total cost.
+
+    python -m studies.methods                                                    # digits, one seed
+    python -m studies.methods --dataset mnist --rounds 13 --control-rounds 7 10 13 --seeds 0 1 2
+    python -m studies.methods --only oneshot random rigl                         # some of them
+
+Any other flag goes to lth_diffusion.py. Each method is one run of it, under --runs, and goes on where it
+stopped; methods that rewind to one and the same step share the dense run. At equal density a method that
+iterates has trained many times as long as one that cuts once. So each --longer method is run again with as
+many steps as make its total that of `imp` at the last round ('equal cost').
+
+What would change our mind about iterating: a method of one cut that is as good at the same total cost.
+"""
+import argparse
+import os
+import shutil
+import sys
+import time
+
+import numpy as np
+
+import lth_diffusion as lth
+
+METHODS = {  # name -> flags of lth_diffusion.py; the first is what the others are compared with
+    "imp": "--arms rewind reinit random small", "imp-layer": "--scope layer", "imp-ramp": "--scope ramp",
+    "imp-cka": "--scope cka", "imp-erk": "--scope erk", "imp-taylor": "--score taylor",
+    "oneshot": "--method oneshot", "oneshot-taylor": "--method oneshot --score taylor",
+    "magnitude-init": "--method magnitude-init", "random": "--method random", "rigl": "--method rigl",
+    "set": "--method set", "rst": "--method rst", "channels": "--granularity channel",
+}
+ONCE = [name for name, flags in METHODS.items() if "--method" in flags]  # these do not iterate
+LONGER, LONG = ("oneshot", "random", "rigl"), ", equal cost"  # run again at imp's total cost
+HEADER = ["method", "pruned", "live weights", "seeds", "fid_domain", "sd", "val_loss", "total steps",
+          "training TMACs", "live MMACs", "s/1000"]
+
+
+def flags_of(name, args, rest):
+    """The command line of one method's run; those that share a dense run differ in nothing it depends on."""
+    arms = [] if "--arms" in METHODS[name] else ["--arms", "rewind"]
+    return [*rest, *METHODS[name].split(), *arms, "--out", os.path.join(args.runs, name)]
+
+
+def run(flags, dense_runs):
+    """Run lth_diffusion.py with these flags, on a dense run already there; the rows of its table."""
+    args, parser = lth.parse_args(flags)
+    source = dense_runs.setdefault((args.steps, lth.rewind_step(args)), args.out)
+    for job in lth.plan(args):
+        if source != args.out and job.arm in ("dense", "twin"):
+            theta = lth.theta_path(source, job.seed), lth.theta_path(args.out, job.seed)
+            for old, new in ((job.path(source), job.path(args.out)), theta):
+                if os.path.exists(old) and not os.path.exists(new):
+                    os.makedirs(os.path.dirname(new), exist_ok=True)
+                    shutil.copyfile(old, new)
+    os.makedirs(args.out, exist_ok=True)
+    with lth.alone_in(args.out):
+        lth.run(args, parser)
+    return list(lth.read_rows(args).values())
+
+
+def longer_flags(flags, imp_rows):
+    """The same command with as many steps as `imp` took in all up to its last ticket."""
+    total = max(row["train_steps_total"] for row in imp_rows if row["arm"] == "rewind")
+    args, _ = lth.parse_args(flags)
+    begins = 1 if args.method in lth.BEFORE_TRAINING else 2 - args.rewind  # trainings it takes to end
+    begins += lth.RST_SHARE if args.method == "rst" else 0
+    out = ["--steps", str(round(total / begins)), "--control-rounds", str(args.rounds)]
+    return [*flags, *out, "--out", args.out + "-longer"]
+
+
+def lines(name, rows):
+    """Lines of HEADER: one for each round and arm of one method, means over its seeds."""
+    groups = {}
+    for row in rows:
+        label = {"dense": "dense, longer" if LONG in name else "dense", "rewind": name}.get(
+            row["arm"], f"{name}, {row['arm']}")
+        if row["arm"] not in ("twin", "probe", "transform"):
+            groups.setdefault((label, row["round"]), []).append(row)
+    for (label, _), group in groups.items():
+        def mean(column):
+            return float(np.mean([row[column] for row in group]))
+        spread = np.std([row["fid_domain"] for row in group], ddof=1) if len(group) > 1 else None
+        yield [label, f"{100 * group[0]['sparsity']:.1f} %", group[0]["live_weights"], len(group),
+               mean("fid_domain"), spread, mean("val_loss"), round(mean("train_steps_total")),
+               mean("train_macs_total") / 1e12, mean("macs_live") / 1e6, mean("seconds_per_1000")]
+
+
+def draw(table, path, note):
+    """fid_domain against sparsity, a line a method; equal-cost runs and controls as single marks."""
+    dense = next(line for line in table if line[0] == "dense")
+    series = []
+    for label in dict.fromkeys(line[0] for line in table if line[0] != "dense"):
+        mine = [line for line in table if line[0] == label]
+        x, y = ([float(line[1].rstrip(" %")) for line in mine], [line[4] for line in mine])
+        spread = [line[5] or np.nan for line in mine]
+        series.append(dict(label=label, x=x, y=y, style="solid" if len(mine) > 1 else "points",
+                           y_low=np.subtract(y, spread), y_high=np.add(y, spread)))
+    lth.line_chart(series, path, "Every way to find a ticket", "weights pruned (%)",
+                   "fid_domain (log scale)", hlines=[("dense", dense[4], "dashed")], log_y=True, height=560,
+                   note=note)
+
+
+def main(argv=None):
+    """The command line; what it does not know goes to lth_diffusion.py."""
+    parser = argparse.ArgumentParser(prog="studies.methods", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="imp is always among them")
+    add("--longer", nargs="*", choices=ONCE, default=list(LONGER), help="run again at imp's total cost")
+    add("--runs", help="folder of the runs (default: runs/methods_DATASET)")
+    add("--results", default="results", help="folder of methods_DATASET.* (default: results)")
+    args, rest = parser.parse_known_args(argv)
+    command = " ".join(["python -m studies.methods", *(sys.argv[1:] if argv is None else argv)])
+    if "--rounds" not in rest:
+        rest += ["--rounds", "3", "--final-sparsity", "0.9", "--control-rounds", "2", "3"]
+    common, _ = lth.parse_args(rest)  # a mistake in them ends here
+    args.runs = args.runs or os.path.join("runs", f"methods_{common.dataset}")
+    began, dense_runs, rows = time.monotonic(), {}, {}
+    try:
+        for name in dict.fromkeys(["imp", *args.only]):
+            rows[name] = run(flags_of(name, args, rest), dense_runs)
+        for name in args.longer:
+            flags = longer_flags(flags_of(name, args, rest), rows["imp"])
+            rows[name + LONG] = run(flags, dense_runs)
+    except (OSError, ValueError, FloatingPointError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped. The same command goes on from here; what is done is in {args.runs}.\n")
+    table = [line for name, found in rows.items() for line in lines(name, found)]
+    seen = {(line[0], line[7]) if line[0].startswith("dense") else k: line for k, line in enumerate(table)}
+    table = list(seen.values())  # the dense run that several share, once
+    path = os.path.join(args.results, f"methods_{common.dataset}")
+    note = (f"{common.dataset}, {common.steps:,} steps of {common.batch} a training, seeds {common.seeds}, "
+            f"n={common.samples:,} samples a figure. Bars: standard deviation over seeds. Equal cost: as "
+            "many training steps in all as imp took.")
+    lth.save_table(path, HEADER, table, **lth.provenance(
+        command, seconds=round(time.monotonic() - began, 1), n=common.samples, seeds=common.seeds))
+    draw(table, path + ".png", note)
+    print(f"\n{lth.text_table(HEADER, table)}\n\n{note}\n{path}.csv, .json, .png")
+
+
+if __name__ == "__main__":
+    main()

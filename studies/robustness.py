@@ -1,0 +1,175 @@
+"""Are tickets weaker or stronger than dense networks when their input is not what they were trained on?
+
+    python -m studies.robustness                        # makes a small run on digits first: minutes
+    python -m studies.robustness --from runs/mnist      # the networks of a finished run
+
+Three kinds of trouble, each for the dense network, its twin, tickets and controls of a finished run:
+
+noise     x_t + s * n with fresh Gaussian n: the mean squared error on eps over held-out images.
+attack    an L-infinity budget b on x_t that makes this error as large as it can: FGSM (1412.6572), one signed
+          gradient step, and PGD (1706.06083), ten steps of b / 4 that begin at FGSM's answer and keep the
+          best found, so that PGD is never the weaker one. Budget 0 is the clean error.
+start     sampling from a * x_T + m instead of x_T: fid_domain.
+
+Every network meets the same images, t, noise and budgets. What would change our mind about 'pruning makes
+diffusion models more fragile': a ticket whose error grows by a larger factor than dense in every seed, while
+the controls of its density do not. Factors over each network's own clean error are shown beside the errors,
+since a worse network has less to lose.
+"""
+import argparse
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+
+import lth_diffusion as lth
+import metrics
+from ddpm import denoiser, draw_samples, positive_int, to_float
+
+NOISE = (0.0, 0.1, 0.2, 0.4)  # s, in units of x_t, whose pixels have about unit variance
+BUDGETS = (0.0, 0.02, 0.05, 0.1)
+STARTS = ((1.0, 0.0), (0.9, 0.0), (1.1, 0.0), (1.0, 0.1), (1.0, -0.1))  # (a, m)
+TIMES = (50, 150, 300, 500, 800)  # where the input is still an image, and where it is nearly noise
+HEADER = ["seed", "round", "arm", "sparsity", "trouble", "size", "error", "over its clean", "n"]
+
+
+def held_out(exp, n):
+    """(x_t, t, eps) of n test images, each at a fixed t of TIMES and with fixed noise."""
+    generator = torch.Generator().manual_seed(lth.EVAL_SEED)
+    x0 = to_float(metrics.random_draw(exp.test, n))
+    t = torch.tensor(TIMES)[torch.arange(len(x0)) % len(TIMES)]
+    eps = torch.randn(x0.shape, generator=generator)
+    return tuple(v.to(exp.device) for v in (exp.diffusion.q_sample(x0, t, eps).float(), t, eps))
+
+
+def error(predict, x, t, eps):
+    """Mean squared error on eps of every image, (N,)."""
+    return (predict(x, t).float() - eps).square().flatten(1).mean(1)
+
+
+def fgsm(model, x, t, eps, budget):
+    """x moved by budget along the sign of the error's gradient."""
+    moved = x.clone().requires_grad_()
+    gradient, = torch.autograd.grad(error(model, moved, t, eps).sum(), moved)
+    return x + budget * gradient.sign()
+
+
+def pgd(model, x, t, eps, budget, steps=10):
+    """The worst x within the budget that ascent from FGSM's answer finds, image by image."""
+    now = best = fgsm(model, x, t, eps, budget)
+    worst = error(model, best, t, eps).detach()
+    for _ in range(steps):
+        now = fgsm(model, now, t, eps, budget / 4)
+        now = x + (now - x).clamp(-budget, budget)
+        found = error(model, now, t, eps).detach()
+        best = torch.where((found > worst)[:, None, None, None], now, best)
+        worst = torch.maximum(worst, found)
+    return best
+
+
+def attacked(attack, model, batch, budget):
+    """Mean error under an attack, in batches of 100, in float32: gradients through bf16 would be weaker."""
+    errors = []
+    for x, t, eps in zip(*(v.split(100) for v in batch)):
+        errors.append(error(model, attack(model, x, t, eps, budget), t, eps).detach())
+    return torch.cat(errors).mean().item()
+
+
+def measure(exp, job, args):
+    """Pairs (trouble, size, value) of one network."""
+    model, _ = exp.rebuild(exp.load(job), "ema")
+    model.eval().requires_grad_(False)
+    x, t, eps = batch = held_out(exp, args.images)
+    for size in NOISE:
+        more = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x.device)
+        predict = denoiser(model, "fp32")
+        yield "noise", size, torch.cat([error(predict, *part) for part in zip(
+            (x + size * more).split(250), t.split(250), eps.split(250))]).mean().item()
+    for name, attack in (("FGSM", fgsm), ("PGD", pgd)):
+        for budget in BUDGETS:
+            yield name, budget, attacked(attack, model, batch, budget)
+    for scale, shift in STARTS:
+        samples = draw_samples(model, exp.diffusion, scale * exp.x_T(args.samples) + shift, exp.precision,
+                               exp.args.sampler, exp.args.nfe, label=f"{job}: x_T")
+        yield "start", f"{scale:g} x_T {shift:+g}", exp.quality(samples)["fid_domain"]
+
+
+def check(values):
+    """The attacks are attacks: no budget changes nothing, PGD is at least as strong as FGSM."""
+    clean = values["noise", 0.0]
+    for budget in BUDGETS:
+        weak, strong = values["FGSM", budget], values["PGD", budget]
+        if strong < weak * (1 - 1e-6) or budget == 0 and abs(weak - clean) > 1e-4 * clean:
+            raise AssertionError(f"budget {budget}: clean {clean}, FGSM {weak}, PGD {strong}")
+
+
+def lines(exp, rows, args):
+    """Rows of HEADER of every network asked for."""
+    rounds = args.rounds or sorted({0, *exp.args.control_rounds})
+    for job in [job for job in rows if job.round in rounds and job.arm not in ("transform", "probe")]:
+        values = {(trouble, size): value for trouble, size, value in measure(exp, job, args)}
+        check(values)
+        first = {trouble: value for (trouble, _), value in reversed(values.items())}  # each one's clean
+        for (trouble, size), value in values.items():
+            n = args.samples if trouble == "start" else args.images
+            yield [job.seed, job.round, job.arm, rows[job]["sparsity"], trouble, size, value,
+                   value / first[trouble], n]
+        print(f"{job}: clean {values['noise', 0.0]:.4f}, PGD at {BUDGETS[-1]} "
+              f"{values['PGD', BUDGETS[-1]]:.4f}", flush=True)
+
+
+def means(table):
+    """{(arm, sparsity): {(trouble, size): [factor of every seed]}}."""
+    found = {}
+    for _, _, arm, sparsity, trouble, size, _, factor, _ in table:
+        label = f"{arm} {100 * sparsity:.0f} %"
+        found.setdefault(label, {}).setdefault((trouble, size), []).append(factor)
+    return found
+
+
+def draw(table, path, note):
+    """The error under PGD over each network's own clean error, against the budget."""
+    series = [dict(label=label, x=BUDGETS, y=[np.mean(values["PGD", budget]) for budget in BUDGETS],
+                   style="solid" if label.startswith(("dense", "rewind")) else "dashed")
+              for label, values in means(table).items()]
+    lth.line_chart(series, path, "How much an attack on x_t hurts", "L-infinity budget on x_t",
+                   "error on eps over the clean one (log)", log_y=True, note=note)
+
+
+def conclude(table):
+    """What was and was not shown, in two sentences."""
+    factors = {label: np.mean(values["PGD", BUDGETS[-1]]) for label, values in means(table).items()}
+    seeds = len({line[0] for line in table})
+    figures = ", ".join(f"{label} {factor:.1f}" for label, factor in factors.items())
+    return (f"Under PGD with budget {BUDGETS[-1]} the error on eps grows by these factors: {figures}. "
+            f"n={seeds} seed{'s' * (seeds > 1)}" + ("; fewer than 3: no verdict." if seeds < 3 else "."))
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="studies.robustness", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--from", dest="run", metavar="runs/NAME", help="a finished run (default: a small one on digits)")
+    add("--rounds", nargs="+", type=int, help="which rounds (default: 0 and those with controls)")
+    add("--images", type=positive_int, default=500, help="held-out images behind an error (default: 500)")
+    add("--samples", type=positive_int, default=250, help="samples behind a fid_domain (default: 250)")
+    add("--out", default="results", help="folder of robustness_DATASET.* (default: results)")
+    args = parser.parse_args(argv)
+    command, began = " ".join(["python -m studies.robustness", *(argv or sys.argv[1:])]), time.monotonic()
+    try:
+        exp, rows = lth.open_run(args.run)
+        table = list(lines(exp, rows, args))
+        path = os.path.join(args.out, f"robustness_{exp.args.dataset}")
+        lth.save_table(path, HEADER, table, **lth.provenance(
+            command, exp.device, seconds=round(time.monotonic() - began, 1), times=TIMES))
+        draw(table, path + ".png", f"{exp.args.dataset}, {args.images} held-out images at t of {TIMES}. "
+             f"Percentages: weights pruned. Seeds: {len({line[0] for line in table})}.")
+    except (OSError, ValueError) as error_:
+        parser.exit(2, f"studies.robustness: {' '.join(str(error_).split())}\n")
+    print(f"\n{lth.text_table(HEADER, table)}\n\n{conclude(table)}\n{path}.csv, .json, .png")
+
+
+if __name__ == "__main__":
+    main()

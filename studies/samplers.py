@@ -1,0 +1,105 @@
+"""Prune the network, or take fewer steps? Quality against the multiply-accumulates and seconds of a sample.
+
+    python -m studies.samplers                                                # a small run on digits: minutes
+    python -m studies.samplers --from runs/mnist runs/mnist_channels          # finished runs of one data set
+
+Each network (dense, the tickets of the chosen rounds, channel tickets where a run has them) draws the same
+number of samples from the same noise with the ancestral sampler (2006.11239), DDIM (2010.02502) and DPM-
+Solver++(2M) (2211.01095) at several numbers of network evaluations. The work of a sample is evaluations times
+the live multiply-accumulates of one: what a machine that skips zeros would do. The seconds are this
+machine's, which skips none: only channel tickets, which are smaller for real, save any. A setting is on the
+Pareto front when none is better at equal or less work.
+
+What would change our mind about 'fewer steps are the cheaper way': tickets that fill the front at low work.
+"""
+import argparse
+import os
+import sys
+import time
+
+import lth_diffusion as lth
+from ddpm import draw_samples, positive_int
+
+STEPS = dict(ddpm=(50, 250), ddim=(5, 10, 20, 50), dpm=(5, 10, 20, 50))  # the ancestral one is lost below 50
+HEADER = ["run", "seed", "round", "arm", "sparsity", "sampler", "evaluations", "GMACs a sample", "s/1000",
+          "fid_domain", "front of work", "front of seconds"]
+
+
+def networks(exp, rows, args):
+    """The jobs to compare: dense, and the tickets of the rounds asked for."""
+    rounds = args.rounds or exp.args.control_rounds
+    return [job for job in rows if job.arm == "dense" or job.arm == "rewind" and job.round in rounds]
+
+
+def lines(exp, rows, args):
+    """Rows of HEADER but for the two fronts."""
+    name = os.path.basename(os.path.normpath(exp.args.out))
+    for job in networks(exp, rows, args):
+        model, _ = exp.rebuild(exp.load(job), "ema")
+        x_T = exp.x_T(args.samples)
+        for sampler, counts in STEPS.items():
+            for steps in counts:
+                began = time.monotonic()
+                samples = draw_samples(model, exp.diffusion, x_T, exp.precision, sampler, steps,
+                                       label=f"{job}: {sampler} {steps}")
+                seconds = 1000 * (time.monotonic() - began) / len(x_T)
+                value = exp.quality(samples)["fid_domain"]
+                yield [name, job.seed, job.round, job.arm, rows[job]["sparsity"], sampler, steps,
+                       steps * rows[job]["macs_live"] / 1e9, seconds, value]
+        print(f"{name}, {job}: done", flush=True)
+
+
+def on_front(table, cost):
+    """For each row whether no other is better in fid_domain at equal or less of column `cost`."""
+    return [not any(other is not row and other[cost] <= row[cost] and other[9] <= row[9] for other in table)
+            for row in table]
+
+
+def draw(table, path, note):
+    """fid_domain against work, a line a network and sampler."""
+    groups = {}
+    for row in table:
+        groups.setdefault((f"{row[3]} {100 * row[4]:.0f} %", row[5], row[0], row[1]), []).append(row)
+    series = [dict(label=f"{label}, {sampler}", x=[row[7] for row in group], y=[row[9] for row in group],
+                   style={"ddim": "solid", "dpm": "dashed", "ddpm": "dotted"}[sampler])
+              for (label, sampler, _, _), group in groups.items()]
+    lth.line_chart(series, path, "Fewer steps, or a sparser network?",
+                   "billions of live multiply-accumulates a sample (log)", "fid_domain (log)", log_x=True,
+                   log_y=True, height=520, note=note)
+
+
+def main(argv=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="studies.samplers", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--from", dest="runs", nargs="+", default=[None], metavar="runs/NAME",
+        help="finished runs of one data set (default: a small one on digits)")
+    add("--rounds", nargs="+", type=positive_int, help="which tickets (default: those with controls)")
+    add("--samples", type=positive_int, default=500, help="samples a setting (default: 500)")
+    add("--out", default="results", help="folder of samplers_DATASET.* (default: results)")
+    args = parser.parse_args(argv)
+    command, began = " ".join(["python -m studies.samplers", *(argv or sys.argv[1:])]), time.monotonic()
+    try:
+        found = [lth.open_run(run) for run in args.runs]
+        names = {exp.args.dataset for exp, _ in found}
+        if len(names) > 1:
+            raise ValueError(f"--from: runs of different data sets: {', '.join(sorted(names))}")
+        table = [line for exp, rows in found for line in lines(exp, rows, args)]
+        fronts = zip(on_front(table, 7), on_front(table, 8))
+        table = [[*row, *("yes" if front else "" for front in pair)] for row, pair in zip(table, fronts)]
+        path = os.path.join(args.out, f"samplers_{names.pop()}")
+        lth.save_table(path, HEADER, table, **lth.provenance(
+            command, found[0][0].device, n=args.samples, seconds=round(time.monotonic() - began, 1)))
+        draw(table, path + ".png", f"n={args.samples:,} samples a figure from the same noise; "
+             "percentages: weights pruned.")
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"studies.samplers: {' '.join(str(error).split())}\n")
+    best = [f"{row[3]} {100 * row[4]:.0f} % with {row[5]} {row[6]} ({row[7]:.2f} GMACs, {row[9]:.1f})"
+            for row in sorted(table, key=lambda row: row[7]) if row[10]]
+    print(f"\n{lth.text_table(HEADER, table)}\n\nThe front of work, cheapest first: {'; '.join(best)}.\n"
+          f"{len({row[1] for row in table})} seed(s), n={args.samples:,} samples: differences of a few per "
+          f"cent are noise.\n{path}.csv, .json, .png")
+
+
+if __name__ == "__main__":
+    main()
