@@ -115,8 +115,7 @@ def test_stopped_runs_end_with_the_same_numbers(uninterrupted, tmp_path):
                 assert torch.equal(mine[name][part][key], value), (name, part, key)
 
 
-@pytest.mark.parametrize("flags, second", [("--score taylor", 50), ("--method rigl", 30),
-                                           ("--method rst --steps 60", 75)])
+@pytest.mark.parametrize("flags, second", [("--score taylor", 50), ("--method rigl", 30)])
 def test_stopped_in_the_middle_of_training(tmp_path, monkeypatch, capsys, flags, second):
     """A partial state, with dropout, moving masks and a score that is not read off the weights: the run that
     goes on from it ends as the one that was never stopped, to the bit."""
@@ -282,9 +281,8 @@ def test_tables_align():
 # --------------------------------------------------------------------------------- every way to find a ticket
 
 @pytest.mark.parametrize("flags", [
-    "--method oneshot --score taylor", "--method magnitude-init", "--method rigl", "--method set",
-    "--method rst --steps 60", "--scope ramp", "--scope cka", "--scope erk", "--granularity channel",
-    "--granularity channel --scope layer --method oneshot --prune-rate 0.5"])
+    "--method oneshot --score taylor", "--method magnitude-init", "--method rigl", "--method rst --steps 60",
+    "--scope cka", "--granularity channel"])
 def test_every_method_runs_with_all_arms_at_exact_counts(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))  # seconds, not minutes
     monkeypatch.setattr(lth, "draw_everything", lambda *_: None)
