@@ -176,7 +176,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def test_two_ranks_agree_with_one(tmp_path):
     """The same global batch on one process and on two: weights within 1e-5 of each other, in fp32 with SGD
     (Adam divides rounding by rounding where a gradient is nothing but that)."""
-    flags = [*SMALL, "--rounds", "1", "--arms", "rewind", "--precision", "fp32", "--optimizer", "sgd", "--lr", "0.01", "--out"]
+    flags = [*SMALL, "--rounds", "1", "--arms", "rewind", "--precision", "fp32",
+             "--optimizer", "sgd", "--lr", "0.01", "--out"]
     lth.main([*flags, str(tmp_path / "one")])
     done = subprocess.run([*TORCHRUN, "lth_diffusion.py", *flags, str(tmp_path / "two")], cwd=HERE,
                           capture_output=True, text=True, timeout=300)
