@@ -352,8 +352,8 @@ class Experiment:
         order = PROBE_SEED + job.seed if job.arm == "probe" else job.seed
         steps = round(RST_SHARE * a.steps) if job.arm == "transform" else a.steps
         return dict(steps=steps, batch=a.batch, lr=a.lr, lr_schedule=a.lr_schedule, optimizer=a.optimizer,
-                    ema_decay=a.ema, flip=a.dataset.startswith("cifar"), seed=order, precision=self.precision,
-                    warmup=max(1, a.steps // 20), label=str(job)) | changed
+                    beta2=a.beta2, ema_decay=a.ema, flip=a.dataset.startswith("cifar"), seed=order,
+                    precision=self.precision, warmup=max(1, a.steps // 20), label=str(job)) | changed
 
     def hooks(self, job, model, masks):
         """(hooks of ddpm.train, RigL or None) that keep, move or squeeze out this job's masks."""
@@ -573,7 +573,6 @@ def save_state(path, state):
     """Write a state file in one piece or not at all, on rank 0. OSError when the disk will not take it."""
     if ranks()[0]:
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     with atomic(path) as temporary:
         torch.save(dict(format=FORMAT, **state), temporary)
 
@@ -643,7 +642,6 @@ def provenance(command, device="cpu", **facts):
 
 def save_table(path, header, rows, **source):
     """path.csv and, with the provenance of its figures, path.json. OSError when they cannot be written."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic(path + ".csv") as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([header] + [[f"{v:.6g}" if isinstance(v, float) else v for v in row]
                                                for row in rows])

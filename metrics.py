@@ -15,10 +15,8 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
 import timeit
-import urllib.request
 
 import numpy as np
 import torch
@@ -28,8 +26,9 @@ from scipy.linalg import lapack
 from torch import nn
 from tqdm import tqdm
 
+from ddpm import CACHE, atomic, download, load_images, pick_device, writable
+
 HERE = os.path.dirname(os.path.abspath(__file__))
-CACHE = os.path.join("runs", "cache")
 REMAKE = "delete it, it is made anew"
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
@@ -38,18 +37,6 @@ progress = functools.partial(tqdm, leave=False, delay=5, mininterval=1, disable=
 
 
 # --- files: every failure is one OSError line that names the file and the way out --------------------------
-
-def write_atomically(path, write):
-    """Call write(temporary path), then rename, so that nobody reads half a file. OSError when that fails."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
 
 def write_text(path, text):
     with open(path, "w", encoding="utf-8") as file:
@@ -139,6 +126,7 @@ class Mixed(nn.Module):
             self.branch_pool = ConvNorm(channels, pool_out, 1)
 
     def forward(self, x):
+        """x (N, channels, H, W) -> (N, sum of the chains' ends and of the pool, H', W')."""
         outs = []
         for chain in self.chains:
             ends = [x]
@@ -188,6 +176,7 @@ class InceptionV3(nn.Module):
 
     @full_precision()
     def forward(self, x):
+        """x uint8 (N, 3 or 1, H, W) -> (pool (N, 2048), logits (N, 1008)). ValueError for other images."""
         x = check_images(x).expand(-1, 3, -1, -1).float() / 255
         # pytorch-fid's convention: bilinear, no antialiasing, then [-1, 1]. Other resizes give other figures.
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
@@ -213,29 +202,9 @@ def load_inception(path=None, root=None, cache=CACHE):
     folders = root or os.environ.get("LTH_DATA", "data"), cache
     places = [os.path.join(folder, INCEPTION_FILE) for folder in folders]
     way_out = f"get it with  curl -L --create-dirs -o {path or places[0]} {INCEPTION_URL}"
-    path = path or next(filter(os.path.exists, places), None) or download_inception(places, way_out)
+    path = path or next(filter(os.path.exists, places), None) or download(
+        [INCEPTION_URL], os.path.join(writable(folders), INCEPTION_FILE), INCEPTION_SHA, algorithm="sha256")
     return read_file(path, way_out, INCEPTION_SHA, lambda state: InceptionV3())
-
-
-def download_inception(places, way_out):
-    """Fetch the checkpoint to the first of places that can be written; that path. OSError otherwise."""
-    def fetch(temporary):
-        with open(temporary, "wb") as file, urllib.request.urlopen(INCEPTION_URL, timeout=30) as answer:
-            size = int(answer.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(file, "write", size, desc=INCEPTION_FILE, disable=None) as out:
-                shutil.copyfileobj(answer, out)
-        read_file(temporary, "the download went wrong", INCEPTION_SHA)
-
-    for path in places:
-        try:
-            write_atomically(path, fetch)
-            return path
-        except Exception as error:  # http.client's are no OSErrors
-            reason = error
-        if os.access(os.path.join(os.path.dirname(path), "."), os.W_OK):
-            break  # the network's fault, not the folder's: the next one would fare no better
-    raise OSError(f"{INCEPTION_FILE} is not in {' or '.join(map(os.path.dirname, places))} and could not be "
-                  f"downloaded ({reason}): {way_out}") from reason
 
 
 # --- features, weights and their statistics ----------------------------------------------------------------
@@ -412,7 +381,8 @@ def reference_statistics(model, images, dataset, split="train", cache=CACHE, **o
     path = os.path.join(cache, f"statistics-{key}.pt")
     if not os.path.exists(path):
         pair = statistics(features(model, images, **options))
-        write_atomically(path, lambda temporary: torch.save(list(pair), temporary))
+        with atomic(path) as temporary:
+            torch.save(list(pair), temporary)
     return tuple(read_file(path, REMAKE))
 
 
@@ -447,7 +417,8 @@ def floor(model, train_images, test_images, n, dataset, cache=CACHE):
     if key not in known:  # what another run writes meanwhile is lost, and made anew when it is asked for
         reference = reference_statistics(model, train_images, dataset, "train", cache)
         known[key] = quality(model, test_images, features(model, some), reference)
-        write_atomically(path, lambda temporary: write_text(temporary, json.dumps(known, indent=1)))
+        with atomic(path) as temporary:
+            write_text(temporary, json.dumps(known, indent=1))
     return known[key]
 
 
@@ -504,7 +475,8 @@ def accuracy(model, images, labels, **options):
 def save_classifier(model, path):
     """Write the weights as float16, about 220 kB. OSError when path cannot be written."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_classifier(dataset, images=None, labels=None, cache=CACHE, **options):
@@ -536,7 +508,8 @@ def count_macs(model, x, t=None, masks=None):
     """
     dense, live, masks, training = collections.Counter(), collections.Counter(), masks or {}, model.training
 
-    def count(name, layer, inputs, out):  # a layer called twice counts twice
+    def count(name, layer, inputs, out):
+        """Add up one call of a layer; one that is called twice counts twice."""
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             weights, mask = layer.weight.numel(), masks.get(f"{name}.weight")
             positions = out.numel() // len(layer.weight)  # each uses every weight once
@@ -697,7 +670,6 @@ def main(argv=None):
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
     try:
-        from ddpm import load_images, pick_device  # here alone: the yardsticks need no data to be imported
         name, device = args.train_classifier, pick_device(args.device)[0]
         if name:
             path = os.path.join(HERE, "results", "classifiers", f"{name}.pt")

@@ -306,6 +306,7 @@ class RigL:
 
     @torch.no_grad()
     def after_step(self, step, model, optimizer, ema):
+        """Zeros stay zeros after the update; what has just grown starts with fresh moments."""
         for name, p in self.weights.items():
             p.masked_fill_(~self.masks[name], 0.0)
             for moment in optimizer.state.get(p, {}).values():

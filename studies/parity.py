@@ -303,8 +303,8 @@ def write(folder, rows, argv, seconds):
     save_table(os.path.join(folder, "parity"), Row._fields, rows, **provenance(
         " ".join(["python -m studies.parity", *argv]), peers=peers, seconds=round(seconds, 1)))
     text = f"{markdown_table(Row._fields, rows)}\n\n{MEANING}"
-    metrics.write_atomically(os.path.join(folder, "parity.md"),
-                             lambda temporary: metrics.write_text(temporary, text))
+    with atomic(os.path.join(folder, "parity.md")) as temporary:
+        metrics.write_text(temporary, text)
 
 
 def main(argv=None):

@@ -3,10 +3,8 @@ import collections
 import csv
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -91,30 +89,6 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
-def test_stopped_runs_end_with_the_same_numbers(uninterrupted, tmp_path):
-    """Ctrl-C, then the same command again: equal weights, averages, masks and table."""
-    out = str(tmp_path / "stopped")
-    command = [sys.executable, "lth_diffusion.py", *SMALL, "--out", out]
-    for wanted in ("seed0/round01_rewind.pt",):
-        process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True)
-        while not os.path.exists(os.path.join(out, wanted)) and process.poll() is None:
-            time.sleep(0.02)
-        time.sleep(0.5)  # somewhere in the run after that one
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=120)
-        assert process.returncode == 130 and "goes on from here" in said and "Traceback" not in said, said
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert results(out) == results(uninterrupted)
-    mine, whole = states(out), states(uninterrupted)
-    assert mine.keys() == whole.keys()
-    for name in whole:
-        for part in ("model", "ema", "masks"):
-            for key, value in whole[name].get(part, {}).items():
-                assert torch.equal(mine[name][part][key], value), (name, part, key)
-
-
 @pytest.mark.parametrize("flags, second", [("--score taylor", 50), ("--method rigl", 30)])
 def test_stopped_in_the_middle_of_training(tmp_path, monkeypatch, capsys, flags, second):
     """A partial state, with dropout, moving masks and a score that is not read off the weights: the run that
@@ -167,30 +141,6 @@ def test_tickets_are_what_they_claim(uninterrupted):
             assert first == exp.k
             for name, p in model.named_parameters():
                 assert torch.equal(p, theta[name] * (start_masks or {}).get(name, torch.ones(())))
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_two_ranks_agree_with_one(tmp_path):
-    """The same global batch on one process and on two: weights within 1e-5 of each other, in fp32 with SGD
-    (Adam divides rounding by rounding where a gradient is nothing but that)."""
-    flags = [*SMALL, "--rounds", "1", "--arms", "rewind", "--precision", "fp32",
-             "--optimizer", "sgd", "--lr", "0.01", "--out"]
-    lth.main([*flags, str(tmp_path / "one")])
-    done = subprocess.run([*TORCHRUN, "lth_diffusion.py", *flags, str(tmp_path / "two")], cwd=HERE,
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("device     ") == 1  # rank 0 alone speaks
-    one, two = states(str(tmp_path / "one")), states(str(tmp_path / "two"))
-    assert one.keys() == two.keys()
-    for name in ("seed0/round00_dense.pt", "seed0/round00_twin.pt"):
-        for part in ("model", "ema"):
-            for key, value in one[name][part].items():
-                assert torch.allclose(value, two[name][part][key], rtol=0, atol=1e-5), (name, part, key)
-    assert [r["live_weights"] for r in results(tmp_path / "one")] == [
-        r["live_weights"] for r in results(tmp_path / "two")]
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(monkeypatch, tmp_path, capsys):
