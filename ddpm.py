@@ -590,7 +590,7 @@ def restore(state, model, ema, opt, log):
 
 def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_schedule="constant", warmup=100,
           optimizer="adam", beta2=0.999, clip=1.0, ema_decay=0.9999, flip=False, seed=0, precision="fp32",
-          label="train", after_backward=None, after_step=None, state=None, checkpoint=None):
+          compiled=False, label="train", after_backward=None, after_step=None, state=None, checkpoint=None):
     """Train `model` in place on steps start .. steps-1 of one schedule; return (EMA, [(step, mean loss)]).
 
     images: uint8 (N, C, H, W) on the model's device. after_backward(step, model) sees the gradients before
@@ -608,7 +608,8 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
     if state is not None:
         start = restore(state, model, ema, opt, log)
     rank, world = ranks()
-    network = DistributedDataParallel(model) if world > 1 else model  # averages the gradients of all ranks
+    network = torch.compile(model) if compiled else model
+    network = DistributedDataParallel(network) if world > 1 else network  # averages gradients over the ranks
     bar = tqdm(range(start, steps), desc=label, unit="step", mininterval=0.5, leave=False,
                disable=True if rank else None)
     for step in bar:
@@ -668,6 +669,7 @@ def add_training_flags(parser):
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 where the hardware has units for it")
+    add("--compile", action="store_true", help="train a compiled network; what that gives is measured first")
     add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
     add("--out", help="folder of the results (default: runs/...)")
 
@@ -803,7 +805,7 @@ def train_one(args):
     start = time.monotonic()
     ema, losses = train(model, diffusion, images.to(device), steps=args.steps, batch=args.batch, lr=args.lr,
                         lr_schedule=args.lr_schedule, optimizer=args.optimizer, beta2=args.beta2,
-                        ema_decay=args.ema,
+                        ema_decay=args.ema, compiled=args.compile,
                         flip=args.dataset.startswith("cifar"), seed=args.seed, precision=precision,
                         warmup=max(1, args.steps // 20))
     trained = time.monotonic()

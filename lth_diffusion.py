@@ -353,7 +353,8 @@ class Experiment:
         steps = round(RST_SHARE * a.steps) if job.arm == "transform" else a.steps
         return dict(steps=steps, batch=a.batch, lr=a.lr, lr_schedule=a.lr_schedule, optimizer=a.optimizer,
                     beta2=a.beta2, ema_decay=a.ema, flip=a.dataset.startswith("cifar"), seed=order,
-                    precision=self.precision, warmup=max(1, a.steps // 20), label=str(job)) | changed
+                    precision=self.precision, compiled=a.compile, warmup=max(1, a.steps // 20),
+                    label=str(job)) | changed
 
     def hooks(self, job, model, masks):
         """(hooks of ddpm.train, RigL or None) that keep, move or squeeze out this job's masks."""
@@ -677,7 +678,8 @@ def announce(exp, jobs, rows):
     a, model = exp.args, exp.new_model(0)
     weights = sum(p.numel() for p in prunable(model).values())
     total = sum(p.numel() for p in model.parameters())
-    step, network = time_step(exp, model), time_network(exp, model)
+    step, network = time_step(exp, model, a.compile), time_network(exp, model)
+    gain = f", {time_step(exp, model) / step:.2f} times as fast as without --compile" if a.compile else ""
     share = 1 - exp.k / a.steps
     whole = dict.fromkeys(("dense", "reinit", "small"), 1.0) | {"transform": RST_SHARE}
     cost = {arm: a.steps * step * whole.get(arm, share) + (a.samples * a.nfe + VAL_IMAGES) * network
@@ -694,15 +696,15 @@ def announce(exp, jobs, rows):
           f"{'weights' if a.granularity == 'weight' else 'hidden channels'}; rewind to "
           f"step {exp.k} of {a.steps}\n"
           f"           {len(jobs)} runs, {len(rows)} of them done; about {clock(left)} to go here "
-          f"({step:.3f} s a step of {a.batch})", flush=True)
+          f"({step:.3f} s a step of {a.batch}{gain})", flush=True)
     return cost
 
 
-def time_step(exp, model, repeats=5):
+def time_step(exp, model, compiled=False, repeats=5):
     """Median seconds of a training step, after two to warm up; at rate 0, so that it cannot diverge."""
     marks = []
     train(model, exp.diffusion, exp.images, after_step=lambda *_: marks.append(time.monotonic()),
-          **exp.options(Job(0, 0, "dense"), steps=repeats + 2, lr=0.0, label="timing"))
+          **exp.options(Job(0, 0, "dense"), steps=repeats + 2, lr=0.0, compiled=compiled, label="timing"))
     return float(np.median(np.diff(marks)[1:]))
 
 
@@ -922,6 +924,8 @@ def main(argv=None):
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except RuntimeError as error:
+        if args.compile and "compile" in f"{type(error)}".lower():
+            parser.exit(1, f"--compile does not work here ({str(error).splitlines()[0][:160]}): leave it out\n")
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
         parser.exit(1, f"out of memory ({str(error).splitlines()[0][:160]}): lower --batch, or choose a "

@@ -37,7 +37,10 @@ HEADER = ["method", "pruned", "live weights", "seeds", "fid_domain", "sd", "val_
 def flags_of(name, args, rest):
     """The command line of one method's run; those that share a dense run differ in nothing it depends on."""
     arms = [] if "--arms" in METHODS[name] else ["--arms", "rewind"]
-    return [*rest, *METHODS[name].split(), *arms, "--out", os.path.join(args.runs, name)]
+    flags = [*rest, *METHODS[name].split(), *arms, "--out", os.path.join(args.runs, name)]
+    if args.more_seeds and name in ["imp", *ONCE]:
+        flags += ["--seeds", *map(str, lth.parse_args(rest)[0].seeds + args.more_seeds)]
+    return flags
 
 
 def run(flags, dense_runs):
@@ -105,6 +108,8 @@ def main(argv=None):
     add = parser.add_argument
     add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="imp is always among them")
     add("--longer", nargs="*", choices=ONCE, default=list(LONGER), help="run again at imp's total cost")
+    add("--more-seeds", nargs="+", type=int, default=[], metavar="S",
+        help="further seeds for imp and for the cheap ones, which cut once")
     add("--runs", help="folder of the runs (default: runs/methods_DATASET)")
     add("--results", default="results", help="folder of methods_DATASET.* (default: results)")
     args, rest = parser.parse_known_args(argv)
@@ -118,7 +123,7 @@ def main(argv=None):
         for name in dict.fromkeys(["imp", *args.only]):
             rows[name] = run(flags_of(name, args, rest), dense_runs)
         for name in args.longer:
-            flags = longer_flags(flags_of(name, args, rest), rows["imp"])
+            flags = longer_flags([*flags_of(name, args, rest), "--seeds", *map(str, common.seeds)], rows["imp"])
             rows[name + LONG] = run(flags, dense_runs)
     except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
