@@ -744,6 +744,11 @@ def pick_precision(name, device):
 def denoiser(model, precision):
     """`model` as a callable for sampling and validation: eval mode, autocast where precision is bf16."""
     model.eval()
+    if precision == "bf16":  # weights are cast here once: without gradients autocast would at every evaluation
+        model = copy.deepcopy(model)
+        for layer in model.modules():
+            if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+                layer.bfloat16()
 
     @torch.inference_mode()
     def predict(x, t):
