@@ -96,18 +96,25 @@ def floors(masks, target):
 def cut_global(scores, masks, cut):
     """Masks with the `cut` lowest-scored live weights of the whole network gone, floors respected."""
     floor = floors(masks, sum(live_counts(masks).values()) - cut)
+    if cut > sum(live_counts(masks).values()) - sum(floor.values()):
+        raise ValueError(f"cannot cut {cut} weights and keep one in every layer")
     ranks = []
     for name, mask in masks.items():
-        rank = scores[name].float().masked_fill(~mask, -1.0).flatten()
-        rank[rank.topk(floor[name], sorted=False).indices] = torch.inf  # the best of each layer may not go
-        ranks.append(rank.masked_fill_(~mask.flatten(), torch.inf))  # and the dead cannot go again
-    ranks = torch.cat(ranks)
-    if cut > int(torch.isfinite(ranks).sum()):
-        raise ValueError(f"cannot cut {cut} weights and keep one in every layer")
-    alive = torch.cat([mask.flatten() for mask in masks.values()])
-    alive[ranks.topk(cut, largest=False, sorted=False).indices] = False
-    pieces = alive.split([mask.numel() for mask in masks.values()])
-    return {name: piece.view(mask.shape).clone() for (name, mask), piece in zip(masks.items(), pieces)}
+        rank, dead = scores[name].float().flatten(), ~mask.flatten()
+        best = lowest((-rank).masked_fill_(dead, torch.inf), floor[name])  # of each layer: these may not go
+        ranks.append(rank.masked_fill(best | dead, torch.inf))  # and the dead cannot go again
+    gone = lowest(torch.cat(ranks), cut).split([mask.numel() for mask in masks.values()])
+    return {name: mask & ~piece.view(mask.shape) for (name, mask), piece in zip(masks.items(), gone)}
+
+
+def lowest(ranks, k):
+    """Bool tensor like ranks (n,): exactly k are True, the lowest, among equals the first. Millions are
+    partitioned by numpy several times as fast as by topk on a CPU."""
+    values = ranks.cpu().numpy()
+    last = np.partition(values, k - 1)[k - 1] if k else -np.inf
+    low = values < last
+    low[np.flatnonzero(values == last)[:k - np.count_nonzero(low)]] = True
+    return torch.from_numpy(low).to(ranks.device)
 
 
 def keep_largest(scores, masks, keep):
