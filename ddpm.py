@@ -190,7 +190,7 @@ def atomic(path):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())  # else a power cut may leave the new name on an empty file
         os.replace(temporary, path)
     except RuntimeError as error:  # torch.save's own class for a write that failed
@@ -569,11 +569,16 @@ class LossLog:
         return mean
 
 
+def check_finite(model, step, label):
+    """FloatingPointError, naming the run, when a weight is not a finite number."""
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise FloatingPointError(f"{label}: a weight is not finite after step {step}; try a lower --lr")
+
+
 def capture(step, model, ema, opt, log):
     """What training goes on from after `step` steps; FloatingPointError rather than a ruined state."""
     log.mean(step - 1)
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-        raise FloatingPointError(f"{log.label}: a weight is not finite after step {step}; try a lower --lr")
+    check_finite(model, step, log.label)
     return dict(step=step, model=model.state_dict(), ema=ema.model.state_dict(), ema_updates=ema.updates,
                 optimizer=opt.state_dict(), losses=list(log.means), window=(log.sum.item(), log.count))
 
@@ -631,6 +636,7 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
             bar.set_postfix(loss=f"{log.means[-1][1]:.4f}")
         if checkpoint is not None:
             checkpoint(lambda: capture(step + 1, model, ema, opt, log))
+    check_finite(model, steps, label)
     return ema, log.means
 
 
@@ -741,6 +747,9 @@ def pick_precision(name, device):
     return "fp32", f"{device.type} is trained in fp32 here"
 
 
+SAMPLER_SEED = 900_000  # of a stochastic sampler's noise: no seed that x_T is drawn from
+
+
 def denoiser(model, precision):
     """`model` as a callable for sampling and validation: eval mode, autocast where precision is bf16."""
     model.eval()
@@ -757,16 +766,17 @@ def denoiser(model, precision):
     return predict
 
 
-def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=50, batch=256,
+def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=50, batch=128,
                  label="sample"):
     """uint8 images (N, C, H, W) on the CPU from noise x_T (N, C, H, W), batch by batch, shared out among the
-    ranks; stochastic samplers seed their noise by the batch, so that every model meets the same."""
+    ranks; stochastic samplers seed their noise by the batch, so that every model meets the same on any number
+    of ranks."""
     predict, done = denoiser(model, precision), {}
     device, (rank, world) = next(model.parameters()).device, ranks()
-    parts = list(enumerate(x_T.split(batch if world == 1 else min(batch, math.ceil(len(x_T) / world)))))
+    parts = list(enumerate(x_T.split(batch)))
     for number, part in tqdm(parts[rank::world], desc=label, unit="batch", leave=False,
                              disable=True if rank else None):
-        generator = torch.Generator().manual_seed(number)
+        generator = torch.Generator().manual_seed(SAMPLER_SEED + number)
         x = sample(predict, diffusion, part.to(device), sampler, steps, generator=generator)
         done[number] = to_uint8(x).cpu()
     if world > 1:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import glob
 import hashlib
 import json
 import math
@@ -32,7 +33,7 @@ import torch.distributed as dist
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import metrics
-from ddpm import (Diffusion, add_training_flags, atomic, batch_at, denoiser, draw_samples, fill_defaults,
+from ddpm import (Diffusion, add_training_flags, atomic, batch_at, check_finite, denoiser, draw_samples, fill_defaults,
                   fraction, load_images, pick_device, pick_precision, positive_int, ranks, to_float, train)
 from prune import (RigL, apply_masks, blocks_of, cka_rates, dense_channels, dense_masks, init_scores,
                    live_counts, mask_hooks, narrower, pack_masks, prunable, prune_channels, prune_scores,
@@ -133,8 +134,10 @@ def check_args(args, parser):
         parser.error(f"argument --scope: {args.method} prescribes {SCOPES[args.method]}")
     if args.score == "taylor" and args.method not in ("imp", "oneshot"):
         parser.error(f"argument --score: {args.method} chooses before there is anything to rank")
-    if min(args.seeds) < 0 or max(args.seeds) > 4000 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("argument --seeds: different whole numbers from 0 to 4000, please")
+    if args.method == "rst" and round(RST_SHARE * args.steps) < 20:
+        parser.error(f"argument --steps: {args.steps} are too few for rst to squeeze weights out: 40 at least")
+    if min(args.seeds) < 0 or max(args.seeds) > 999 or len(set(args.seeds)) < len(args.seeds):
+        parser.error("argument --seeds: different whole numbers from 0 to 999, please")
 
 
 def rewind_step(args):
@@ -379,6 +382,7 @@ class Experiment:
         """Train one job, going on from its partial state if there is one: (model, ema, masks, the rest)."""
         partial = job.path(self.args.out, ".partial.pt")
         model, masks, channels, start, changed = self.start(job)
+        same_on_all_ranks(masks)
         state = load_state(partial) if os.path.exists(partial) else None
         if state and state["masks"] is not None:  # as they were: a score need not come out equal twice
             masks = unpack_masks(model, state["masks"])
@@ -392,7 +396,7 @@ class Experiment:
         with guard.training(save):
             ema, losses = train(model, self.diffusion, self.images, start=start, state=state,
                                 checkpoint=guard, **self.options(job, **changed), **hooks)
-        same_on_all_ranks(moving.masks if moving else masks)
+        same_on_all_ranks(moving and moving.masks)
         if job.arm == "transform" or masks is None:
             masks = dense_masks(model)  # nothing is cut yet, or what was cut is gone from the network
         return model, ema.model, moving.masks if moving else masks, dict(
@@ -407,6 +411,7 @@ class Experiment:
 
         def after_step(step, model, optimizer, ema):
             if step + 1 == self.k:
+                check_finite(model, self.k, str(job))
                 save_state(path, dict(model=model.state_dict()))
         return after_step
 
@@ -460,10 +465,11 @@ class Experiment:
             before = dict(train_steps_total=self.k, train_macs_total=each * self.args.batch * self.k)
         elif parent:
             before = self.load(parent)["row"]
-        if self.args.scope == "cka" and parent and parent.round == 0 < job.round:  # what similarity took
-            steps += 2 * (self.args.steps - self.k)
-        return dict(train_steps_total=before["train_steps_total"] + steps,
-                    train_macs_total=round(before["train_macs_total"] + each * self.args.batch * steps))
+        macs = before["train_macs_total"] + each * self.args.batch * steps
+        if self.args.scope == "cka" and parent and parent.round == 0 < job.round:  # similarity's two dense runs
+            similar = 2 * (self.args.steps - self.k)
+            steps, macs = steps + similar, macs + 3 * macs_dense * self.args.batch * similar
+        return dict(train_steps_total=before["train_steps_total"] + steps, train_macs_total=round(macs))
 
     def run(self, job, guard):
         """Do one job from start to its saved state; return its row of the table (None but on rank 0)."""
@@ -601,21 +607,31 @@ def alone_in(out):
     if ranks()[0]:  # rank 0 holds it for all
         yield
         return
-    with open(os.path.join(out, "lock"), "w") as file:
+    with open(os.path.join(out, "lock"), "a") as file:
         with contextlib.suppress(ImportError):  # Windows has no such locks: there it is left to the user
             import fcntl
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OSError(f"{out} is in use by another run: wait for it, or choose another --out")
+        for path in glob.glob(os.path.join(glob.escape(out), "**", "*.part"), recursive=True):
+            remove(path)  # what a killed process was writing
         yield
+
+
+def remove(path):
+    """Delete a file, if it is there and this is rank 0."""
+    if ranks()[0] == 0:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
 
 
 FREE = ("device", "precision", "data_dir", "out", "inception", "seeds")  # may differ when a run goes on
 
 
 def check_config(args, parser):
-    """Refuse to mix two experiments in one folder; name the flag that differs."""
+    """Refuse to mix two experiments in one folder; name the flag that differs. Seeds add up: none that has
+    begun may be left out of the table."""
     path, now = os.path.join(args.out, "config.json"), vars(args)
     if os.path.exists(path):
         try:
@@ -628,6 +644,7 @@ def check_config(args, parser):
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"argument {flag}: {args.out} was made with {then.get(name)}, not "
                              f"{now[name]}; choose another --out, or the same flags to go on")
+        args.seeds = list(dict.fromkeys([*then["seeds"], *args.seeds]))
     return now
 
 
@@ -858,9 +875,10 @@ def run(args, parser):
         write_config(exp, settings)
     cost, guard = announce(exp, jobs, rows), Guard()
     for number, job in enumerate(jobs, 1):
-        if job in rows:
-            continue
         partial = job.path(args.out, ".partial.pt")
+        if job in rows:
+            remove(partial)  # left there when the process was killed just before it came to that
+            continue
         if os.path.exists(partial):
             print(f"going on with {job} at step {load_state(partial)['step']} of {args.steps}", flush=True)
         row = exp.run(job, guard)
@@ -868,8 +886,7 @@ def run(args, parser):
         row = rows[job] = row or exp.load(job)["row"]
         if not first:
             continue
-        if os.path.exists(partial):
-            os.remove(partial)
+        remove(partial)
         write_results(args, rows)
         with open(os.path.join(args.out, "log.jsonl"), "a") as file:
             file.write(json.dumps(row) + "\n")

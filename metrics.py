@@ -26,17 +26,31 @@ from scipy.linalg import lapack
 from torch import nn
 from tqdm import tqdm
 
-from ddpm import CACHE, atomic, download, load_images, pick_device, writable
-
 HERE = os.path.dirname(os.path.abspath(__file__))
+CACHE = os.path.join("runs", "cache")
 REMAKE = "delete it, it is made anew"
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
 INCEPTION_SHA = "6726825d"
+FLOOR_DRAWS = 5
 progress = functools.partial(tqdm, leave=False, delay=5, mininterval=1, disable=None)
 
 
 # --- files: every failure is one OSError line that names the file and the way out --------------------------
+
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary name, renamed to path when the block ends well, else removed: nobody reads half a file.
+    As in ddpm.py, which this file does without: it can be taken alone, but for downloads."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
 
 def write_text(path, text):
     with open(path, "w", encoding="utf-8") as file:
@@ -202,8 +216,11 @@ def load_inception(path=None, root=None, cache=CACHE):
     folders = root or os.environ.get("LTH_DATA", "data"), cache
     places = [os.path.join(folder, INCEPTION_FILE) for folder in folders]
     way_out = f"get it with  curl -L --create-dirs -o {path or places[0]} {INCEPTION_URL}"
-    path = path or next(filter(os.path.exists, places), None) or download(
-        [INCEPTION_URL], os.path.join(writable(folders), INCEPTION_FILE), INCEPTION_SHA, algorithm="sha256")
+    path = path or next(filter(os.path.exists, places), None)
+    if path is None:
+        from ddpm import download, writable  # here alone
+        path = download([INCEPTION_URL], os.path.join(writable(folders), INCEPTION_FILE), INCEPTION_SHA,
+                        algorithm="sha256")
     return read_file(path, way_out, INCEPTION_SHA, lambda state: InceptionV3())
 
 
@@ -403,20 +420,23 @@ def quality(model, images, real, reference):
 
 
 def floor(model, train_images, test_images, n, dataset, cache=CACHE):
-    """quality() of n test images uint8 [., C, H, W]: what a perfect sampler scores. FID is against all
-    training images, the rest against n of them. Cached by data set, n, images and extractor. ValueError when
-    there are fewer than n test images.
+    """quality() of n test images uint8 [., C, H, W], the mean of up to FLOOR_DRAWS draws that share none: what
+    a perfect sampler scores. FID is against all training images, the rest against n of them. Cached by data
+    set, n, images and extractor. ValueError when there are fewer than n test images.
     """
     if not 2 <= n <= len(test_images):
         raise ValueError(f"a floor at n={n} needs that many test images; {dataset} has {len(test_images)}")
-    test_images, some = random_draw(test_images, n), random_draw(train_images, n)
+    draws = min(FLOOR_DRAWS, len(test_images) // n)
+    test_images, some = random_draw(test_images, n * draws), random_draw(train_images, n)
     key = (f"{dataset}-n{n}-{images_hash(test_images)}-train-n{len(train_images)}-"
            f"{images_hash(train_images)}-{weights_hash(model)}")
     path = os.path.join(cache, "floors.json")
     known = read_file(path, REMAKE) if os.path.exists(path) else {}
     if key not in known:  # what another run writes meanwhile is lost, and made anew when it is asked for
         reference = reference_statistics(model, train_images, dataset, "train", cache)
-        known[key] = quality(model, test_images, features(model, some), reference)
+        real = features(model, some)
+        found = [quality(model, draw, real, reference) for draw in test_images.split(n)]
+        known[key] = {name: float(np.mean([columns[name] for columns in found])) for name in found[0]}
         with atomic(path) as temporary:
             write_text(temporary, json.dumps(known, indent=1))
     return known[key]
@@ -669,6 +689,7 @@ def main(argv=None):
     add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
+    from ddpm import load_images, pick_device  # here alone: the yardsticks need neither
     try:
         name, device = args.train_classifier, pick_device(args.device)[0]
         if name:

@@ -114,8 +114,8 @@ def main(argv=None):
     add("--results", default="results", help="folder of methods_DATASET.* (default: results)")
     args, rest = parser.parse_known_args(argv)
     command = " ".join(["python -m studies.methods", *(sys.argv[1:] if argv is None else argv)])
-    if "--rounds" not in rest:
-        rest += ["--rounds", "3", "--final-sparsity", "0.9", "--control-rounds", "2", "3"]
+    if not any(flag.startswith("--rounds") for flag in rest):
+        rest = ["--rounds", "3", "--final-sparsity", "0.9", "--control-rounds", "2", "3", *rest]
     common, _ = lth.parse_args(rest)  # a mistake in them ends here
     args.runs = args.runs or os.path.join("runs", f"methods_{common.dataset}")
     began, dense_runs, rows = time.monotonic(), {}, {}
@@ -130,8 +130,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.exit(130, f"\nstopped. The same command goes on from here; what is done is in {args.runs}.\n")
     table = [line for name, found in rows.items() for line in lines(name, found)]
-    seen = {(line[0], line[7]) if line[0].startswith("dense") else k: line for k, line in enumerate(table)}
-    table = list(seen.values())  # the dense run that several share, once
+    seen = {}  # the dense run that several share stands once, as the one with the most seeds has it
+    for k, line in enumerate(table):
+        key = (line[0], line[7]) if line[0].startswith("dense") else k
+        seen[key] = max(seen.get(key, line), line, key=lambda one: one[3])
+    table = list(seen.values())
     path = os.path.join(args.results, f"methods_{common.dataset}")
     note = (f"{common.dataset}, {common.steps:,} steps of {common.batch} a training, seeds {common.seeds}, "
             f"n={common.samples:,} samples a figure. Bars: standard deviation over seeds. Equal cost: as "

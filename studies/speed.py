@@ -40,7 +40,7 @@ def row(what, ours, against, theirs, args):
     return [what, seconds[0], against, seconds[1], np.median(ratios), ratios.min(), ratios.max(), args.turns]
 
 
-def network(preset, args, size=None):
+def network(preset, args):
     """(U-Net of a preset with random weights, where it starts with zeros too; the shape of its images)."""
     shape = (1, 28, 28) if preset in ("tiny", "mnist") else (3, 32, 32)
     torch.manual_seed(0)
@@ -54,22 +54,22 @@ def network(preset, args, size=None):
 
 def ticket_rows(args):
     """Network evaluations of channel tickets, and of masked ones, against the dense network."""
-    for preset, batch in (("paper", 8), ("mnist", 256)):
+    for preset, batch, precision in (("paper", 8, "fp32"), ("paper", 8, "bf16"), ("mnist", 256, "bf16")):
         model, shape = network(preset, args)
         x, t = torch.randn(batch, *shape, device=args.device), torch.full((batch,), 500, device=args.device)
-        dense = denoiser(model, args.precision)
+        dense, what = denoiser(model, precision), f"{preset} in {precision}"
         for share in (0.75, 0.875):
             channels = prune_channels(model, dense_channels(model), share, "layer")
             small = shrink(model, channels).to(memory_format=torch.channels_last)
             macs = [sum(d for d, _ in metrics.count_macs(m, x[:1], t[:1]).values()) for m in (model, small)]
-            fast = denoiser(small, args.precision)
-            yield row(f"{preset}, {100 * share:g} % of hidden channels gone ({macs[0] / macs[1]:.2f} times "
+            fast = denoiser(small, precision)
+            yield row(f"{what}, {100 * share:g} % of hidden channels gone ({macs[0] / macs[1]:.2f} times "
                       f"fewer MACs), evaluation of {batch}", lambda: fast(x, t), "dense", lambda: dense(x, t),
                       args)
         masked, _ = network(preset, args)
         apply_masks(masked, prune_magnitude(masked, dense_masks(masked), 0.9))
-        zeros = denoiser(masked, args.precision)
-        yield row(f"{preset}, 90 % of weights masked, evaluation of {batch}", lambda: zeros(x, t), "dense",
+        zeros = denoiser(masked, precision)
+        yield row(f"{what}, 90 % of weights masked, evaluation of {batch}", lambda: zeros(x, t), "dense",
                   lambda: dense(x, t), args)
 
 
@@ -178,8 +178,8 @@ def step_rows(args):
         for what, mine, other in (("training step", steps, their_steps),
                                   (f"{STEPS} DDIM steps", draws, their_draws)):
             for precision, fast in ((p, q) for p in other for q in PRECISIONS):
-                line = row(f"{what} of {BATCH}, ours {fast}", mine[fast], f"{name} {precision}",
-                           other[precision], args)
+                line = row(f"{what} of {BATCH}, ours {fast}", mine[fast], f"{name} {precision}, its time "
+                           f"{weight:.2f} times: equal MACs", other[precision], args)
                 yield [*line[:3], line[3] * weight, *(ratio * weight for ratio in line[4:7]), line[7]]
 
 

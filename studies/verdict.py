@@ -105,7 +105,7 @@ def judge(args):
         said.append(f"At {100 * share:.1f} % sparsity {args.metric} is {means}; {one}.")
     header = ["round", "pruned", "seeds", "test", "ticket - other", "low", "high", "p"]
     n = next(iter(rows.values())).get("n_samples") or "unknown"
-    family = sum(one.p is not None for one in found.values())
+    family = len(found)  # those without a verdict too, at p = 1
     parts = [f"{args.metric}, n_samples {n}; one-sided paired t tests over seeds, alpha {args.alpha:g}; "
              f"sparsities in Holm's family: {family}"]
     parts += [lth.text_table(header, lines)] if lines else []

@@ -106,7 +106,7 @@ def test_killed_at_twenty_moments(tmp_path):
         assert same(out, whole), killed
     counts = collections.Counter(killed)
     print(dict(counts))
-    assert {"training", "sampling", "saving"} <= set(counts), counts
+    assert min(counts[phase] for phase in PHASES[1:]) >= KILLS // 4, counts
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -89,7 +89,8 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("flags, second", [("--score taylor", 50), ("--method rigl", 30)])
+@pytest.mark.parametrize("flags, second", [("--score taylor", 50), ("--method rigl", 30),
+                                           ("--method rst --steps 40", 52)])
 def test_stopped_in_the_middle_of_training(tmp_path, monkeypatch, capsys, flags, second):
     """A partial state, with dropout, moving masks and a score that is not read off the weights: the run that
     goes on from it ends as the one that was never stopped, to the bit."""
@@ -207,6 +208,7 @@ def test_a_loss_that_is_not_finite_stops_with_what_was_done(tmp_path, capsys):
     flags = "--steps 30 --batch 8 --lr 1e30 --optimizer sgd --samples 8 --nfe 2 --rounds 1"
     code, said = refusal(capsys, *flags.split(), "--out", str(tmp_path / "run"))
     assert code == 1 and "seed 0 round 0 dense" in said and "--lr" in said
+    assert not [name for _, _, names in os.walk(tmp_path) for name in names if name.endswith(".pt")]
 
 
 # ------------------------------------------------------------------------------------------------- pictures
