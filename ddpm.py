@@ -200,8 +200,8 @@ def atomic(path):
             os.remove(temporary)
 
 
-def writable(folders):
-    """The first folder that can be made and written to. Raises OSError when there is none."""
+def writable(folders, flag="--data-dir"):
+    """The first folder that can be made and written to. OSError, naming the flag, when there is none."""
     for folder in folders:
         parent = folder
         while not os.path.exists(parent):
@@ -211,7 +211,7 @@ def writable(folders):
                 os.makedirs(folder, exist_ok=True)
                 with tempfile.TemporaryFile(dir=folder):  # bits say nothing of read-only mounts: try it
                     return folder
-    raise OSError(f"cannot write to {' nor to '.join(folders)}: choose another --data-dir")
+    raise OSError(f"cannot write to {' nor to '.join(folders)}: choose another {flag}")
 
 
 def _reason(error):
@@ -655,6 +655,35 @@ DEFAULTS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, without the usage before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (flags: --help)\n")
+
+
+@contextlib.contextmanager
+def one_line(parser, out=None):
+    """Whatever a user can mend ends in one line and an exit code: 2 for a mistake, 1 for a run that diverged
+    or did not fit, 130 for Ctrl-C. out: the folder that keeps what is done, for a run that can go on."""
+    kept = f"What was done before is kept in {out}." if out else "Nothing is kept."
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    except FloatingPointError as error:
+        parser.exit(1, f"{error}. {kept}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nstopped. {kept}{' The same command goes on from here.' if out else ''}\n")
+    except RuntimeError as error:
+        first = str(error).splitlines()[0][:160]
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            parser.exit(1, f"--compile does not work here ({first}): leave it out. {kept}\n")
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        parser.exit(1, f"out of memory ({first}): lower --batch, or choose a smaller --preset. {kept}\n")
+
+
 def add_training_flags(parser):
     """The flags that say what is trained, on what and how long; None stands for the data set's default."""
     add = parser.add_argument
@@ -691,6 +720,13 @@ def positive_int(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def seed_number(text):
+    value = int(text)
+    if not 0 <= value <= 999:  # beyond, the seeds of masks and of batches would meet
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 999")
     return value
 
 
@@ -753,7 +789,7 @@ SAMPLER_SEED = 900_000  # of a stochastic sampler's noise: no seed that x_T is d
 def denoiser(model, precision):
     """`model` as a callable for sampling and validation: eval mode, autocast where precision is bf16."""
     model.eval()
-    if precision == "bf16":  # weights are cast here once: without gradients autocast would at every evaluation
+    if precision == "bf16":  # cast once: without gradients autocast would cast at every evaluation
         model = copy.deepcopy(model)
         for layer in model.modules():
             if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
@@ -788,26 +824,20 @@ def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=
 
 def main(argv=None):
     """The command line: train one dense DDPM, write its weights and a grid of samples."""
-    parser = argparse.ArgumentParser(description="Train one dense DDPM and draw a grid of samples.")
+    parser = Parser(description="Train one dense DDPM and draw a grid of samples.")
     add_training_flags(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.set_defaults(samples=100)
     args = parser.parse_args(argv)
     fill_defaults(args)
     args.out = args.out or f"runs/ddpm_{args.dataset}"
-    try:
+    with one_line(parser):
         train_one(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    except FloatingPointError as error:
-        parser.exit(1, f"{error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nstopped; nothing is kept. lth_diffusion.py goes on where it stopped.\n")
 
 
 def train_one(args):
     """Train, sample, save: what the command line does."""
-    os.makedirs(args.out, exist_ok=True)
+    writable([args.out], "--out")
     device, why = pick_device(args.device)
     precision, why_precision = pick_precision(args.precision, device)
     images, _ = load_images(args.dataset, args.data_dir)

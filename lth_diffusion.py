@@ -33,8 +33,9 @@ import torch.distributed as dist
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import metrics
-from ddpm import (Diffusion, add_training_flags, atomic, batch_at, check_finite, denoiser, draw_samples, fill_defaults,
-                  fraction, load_images, pick_device, pick_precision, positive_int, ranks, to_float, train)
+from ddpm import (Diffusion, Parser, add_training_flags, atomic, batch_at, check_finite, denoiser,
+                  draw_samples, fill_defaults, fraction, load_images, one_line, pick_device, pick_precision,
+                  positive_int, ranks, seed_number, to_float, train, writable)
 from prune import (RigL, apply_masks, blocks_of, cka_rates, dense_channels, dense_masks, init_scores,
                    live_counts, mask_hooks, narrower, pack_masks, prunable, prune_channels, prune_scores,
                    ramp_rates, random_channels, random_masks, random_scores, rst_hooks, save_ticket, shrink,
@@ -42,6 +43,8 @@ from prune import (RigL, apply_masks, blocks_of, cka_rates, dense_channels, dens
 from unet import PRESETS, UNet
 
 FORMAT = 2  # of the state files; a file of another version is refused
+PARTIAL = "step", "model", "masks", "seconds"  # what is needed of a state within training, and of one after
+FINISHED = "row", "config", "model", "ema", "masks", "losses"
 METHODS = ("imp", "oneshot", "magnitude-init", "random", "rigl", "set", "rst")
 BEFORE_TRAINING = METHODS[2:]  # these choose at theta_0, so that rewinding means step 0
 SCOPES = {"magnitude-init": "layer", "rigl": "erk", "set": "erk", "rst": "layer"}  # prescribed by these
@@ -84,7 +87,7 @@ class Job(NamedTuple):
 
 def parse_args(argv=None):
     """Flags, checked and completed; a mistake ends in one line and exit code 2."""
-    parser = argparse.ArgumentParser(description="Find, restart and measure lottery tickets in a U-Net DDPM.")
+    parser = Parser(description="Find, restart and measure lottery tickets in a U-Net DDPM.")
     add_training_flags(parser)
     add = parser.add_argument
     add("--rounds", type=positive_int, default=10, help="prune-and-retrain rounds (default: 10)")
@@ -103,7 +106,7 @@ def parse_args(argv=None):
     add("--rewind", type=fraction, default=0.05,
         help="rewind to this share of the steps; 0 is the original hypothesis (default: 0.05)")
     add("--inception", metavar="PATH", help="the FID checkpoint, where it is not in the data folder")
-    add("--seeds", nargs="+", type=int, default=[0], help="3 or more give a verdict (default: 0)")
+    add("--seeds", nargs="+", type=seed_number, default=[0], help="3 or more give a verdict (default: 0)")
     args = parser.parse_args(argv)
     fill_defaults(args)
     if args.final_sparsity is not None:
@@ -135,9 +138,9 @@ def check_args(args, parser):
     if args.score == "taylor" and args.method not in ("imp", "oneshot"):
         parser.error(f"argument --score: {args.method} chooses before there is anything to rank")
     if args.method == "rst" and round(RST_SHARE * args.steps) < 20:
-        parser.error(f"argument --steps: {args.steps} are too few for rst to squeeze weights out: 40 at least")
-    if min(args.seeds) < 0 or max(args.seeds) > 999 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("argument --seeds: different whole numbers from 0 to 999, please")
+        parser.error(f"argument --steps: {args.steps} are too few for rst, which needs 40")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error("argument --seeds: each one once, please")
 
 
 def rewind_step(args):
@@ -218,11 +221,15 @@ class Experiment:
             torch.manual_seed(seed)
             config = dict(channels=self.images.shape[1], image_size=self.images.shape[-1],
                           **PRESETS[self.args.preset]) | config
-            return UNet(**config).to(self.device)
+            try:
+                return UNet(**config).to(self.device)
+            except ValueError as error:
+                raise ValueError(f"argument --preset: {self.args.preset} does not fit {self.args.dataset}: "
+                                 f"{error}") from error
 
     def load(self, job):
         """The finished state of a job."""
-        return load_state(job.path(self.args.out))
+        return load_state(job.path(self.args.out), FINISHED)
 
     def rebuild(self, state, weights="model"):
         """(model, masks) of a finished state: online weights, or weights="ema"."""
@@ -383,7 +390,7 @@ class Experiment:
         partial = job.path(self.args.out, ".partial.pt")
         model, masks, channels, start, changed = self.start(job)
         same_on_all_ranks(masks)
-        state = load_state(partial) if os.path.exists(partial) else None
+        state = load_state(partial, PARTIAL) if os.path.exists(partial) else None
         if state and state["masks"] is not None:  # as they were: a score need not come out equal twice
             masks = unpack_masks(model, state["masks"])
         hooks, moving = self.hooks(job, model, masks)
@@ -466,7 +473,7 @@ class Experiment:
         elif parent:
             before = self.load(parent)["row"]
         macs = before["train_macs_total"] + each * self.args.batch * steps
-        if self.args.scope == "cka" and parent and parent.round == 0 < job.round:  # similarity's two dense runs
+        if self.args.scope == "cka" and parent and parent.round == 0 < job.round:  # two dense runs
             similar = 2 * (self.args.steps - self.k)
             steps, macs = steps + similar, macs + 3 * macs_dense * self.args.batch * similar
         return dict(train_steps_total=before["train_steps_total"] + steps, train_macs_total=round(macs))
@@ -584,16 +591,18 @@ def save_state(path, state):
         torch.save(dict(format=FORMAT, **state), temporary)
 
 
-def load_state(path):
-    """A dict that save_state wrote. Raises OSError naming a file that is damaged or of another version."""
+def load_state(path, needed=()):
+    """A dict that save_state wrote. Raises OSError naming a file that is damaged, of another version or
+    without what is needed of it."""
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip() is not None:  # torch.load does not compare checksums
                 raise ValueError("a flipped bit")
         state = torch.load(path, weights_only=True, map_location="cpu")
-        version = state["format"]
+        version, _ = state["format"], [state[name] for name in needed]
     except FileNotFoundError:
-        raise OSError(f"{path} is missing, though later runs build on it; use a new --out")
+        raise OSError(f"{path} is missing, though later runs build on it; delete {os.path.dirname(path)} and "
+                      "run again, or use a new --out")
     except Exception as error:  # a damaged file fails in a dozen ways
         raise OSError(f"{path} is damaged ({type(error).__name__}); delete it and run again")
     if version != FORMAT:
@@ -632,13 +641,9 @@ FREE = ("device", "precision", "data_dir", "out", "inception", "seeds")  # may d
 def check_config(args, parser):
     """Refuse to mix two experiments in one folder; name the flag that differs. Seeds add up: none that has
     begun may be left out of the table."""
-    path, now = os.path.join(args.out, "config.json"), vars(args)
-    if os.path.exists(path):
-        try:
-            with open(path) as file:
-                then = json.load(file)["args"]
-        except (ValueError, KeyError):
-            parser.error(f"{path} is damaged; delete the folder or choose another --out")
+    now = vars(args)
+    if os.path.exists(os.path.join(args.out, "config.json")):
+        then = read_config(args.out)["args"]
         for name in now:
             if name not in FREE and then.get(name) != now[name]:
                 flag = "--" + name.replace("_", "-")
@@ -648,10 +653,23 @@ def check_config(args, parser):
     return now
 
 
+def read_config(out):
+    """config.json of a run's folder. OSError where there is none, or another file of that name."""
+    path = os.path.join(out, "config.json")
+    way_out = "name a folder that lth_diffusion.py wrote, or a new --out"
+    found = metrics.read_file(path, way_out)
+    if not isinstance(found, dict) or not isinstance(found.get("args"), dict) or "commit" not in found \
+            or not {"seeds", "dataset"} <= set(found["args"]):
+        raise OSError(f"{path} is damaged: {way_out}")
+    return found
+
+
 def provenance(command, device="cpu", **facts):
     """Where figures come from: command, commit, machine, package versions, and what the caller adds."""
-    commit = subprocess.run(["git", "-C", metrics.HERE, "describe", "--always", "--dirty", "--abbrev=12"],
-                            capture_output=True, text=True).stdout.strip() or None
+    commit = None
+    with contextlib.suppress(OSError):  # no git here
+        commit = subprocess.run(["git", "-C", metrics.HERE, "describe", "--always", "--dirty", "--abbrev=12"],
+                                capture_output=True, text=True).stdout.strip() or None
     return dict(command=command, commit=commit, device=str(device), processor=processor_name(device),
                 threads=torch.get_num_threads(),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
@@ -667,6 +685,13 @@ def save_table(path, header, rows, **source):
         metrics.write_text(temporary, json.dumps(source, indent=1))
 
 
+def check_rounds(rounds, jobs):
+    """ValueError when --rounds, as the studies have it, names one that none of the jobs is of."""
+    if absent := sorted(set(rounds) - {job.round for job in jobs}):
+        there = sorted({job.round for job in jobs})
+        raise ValueError(f"argument --rounds: no runs of round {absent[0]}, but of {there}")
+
+
 def processor_name(device):
     """What the processor calls itself."""
     if torch.device(device).type == "cuda":
@@ -677,7 +702,7 @@ def processor_name(device):
 def read_rows(args):
     """{job: row} of the jobs that are done, from their state files."""
     done = [job for job in plan(args) if os.path.exists(job.path(args.out))]
-    return {job: load_state(job.path(args.out))["row"] for job in done}
+    return {job: load_state(job.path(args.out), FINISHED)["row"] for job in done}
 
 
 def write_results(args, rows):
@@ -695,6 +720,8 @@ def announce(exp, jobs, rows):
     a, model = exp.args, exp.new_model(0)
     weights = sum(p.numel() for p in prunable(model).values())
     total = sum(p.numel() for p in model.parameters())
+    if a.compile:
+        print("compiling the network: a minute or more", flush=True)
     step, network = time_step(exp, model, a.compile), time_network(exp, model)
     gain = f", {time_step(exp, model) / step:.2f} times as fast as without --compile" if a.compile else ""
     share = 1 - exp.k / a.steps
@@ -853,7 +880,7 @@ def write_config(exp, settings):
         primary_metric="fid_domain", floor=exp.floor, floor_n=len(exp.real),
         data_hash=metrics.images_hash(exp.images), classifier_hash=metrics.weights_hash(exp.classifier))
     if os.path.exists(path):
-        then = metrics.read_file(path, "delete the folder or choose another --out")
+        then = read_config(exp.args.out)
         for name, flag in (("precision", f"--precision {then.get('precision')}"),
                            ("data_hash", "the same data"), ("classifier_hash", "the same classifier")):
             if then.get(name) != source[name]:
@@ -868,19 +895,20 @@ def write_config(exp, settings):
 def run(args, parser):
     """Do every job of the plan that is not done yet, then tell and draw what happened."""
     settings = check_config(args, parser)
-    exp, jobs, rows = Experiment(args), plan(args), read_rows(args)
+    guard, exp, jobs, rows = Guard(), Experiment(args), plan(args), read_rows(args)
     wait_for_all()
     first = ranks()[0] == 0
     if first:
         write_config(exp, settings)
-    cost, guard = announce(exp, jobs, rows), Guard()
+    cost = announce(exp, jobs, rows)
     for number, job in enumerate(jobs, 1):
         partial = job.path(args.out, ".partial.pt")
         if job in rows:
             remove(partial)  # left there when the process was killed just before it came to that
             continue
         if os.path.exists(partial):
-            print(f"going on with {job} at step {load_state(partial)['step']} of {args.steps}", flush=True)
+            step = load_state(partial, PARTIAL)["step"]
+            print(f"going on with {job} at step {step} of {args.steps}", flush=True)
         row = exp.run(job, guard)
         wait_for_all()
         row = rows[job] = row or exp.load(job)["row"]
@@ -920,37 +948,27 @@ def open_run(out=None):
         with alone_in(args.out):
             run(args, parser)
         out = args.out
-    way_out = "name a folder that lth_diffusion.py wrote"
-    settings = metrics.read_file(os.path.join(out, "config.json"), way_out)["args"]
-    args = argparse.Namespace(**settings | dict(out=out))
-    return Experiment(args), read_rows(args)
+    settings = read_config(out)["args"]
+    args, _ = parse_args(["--dataset", settings["dataset"]])  # the flags that an older run did not know
+    args = argparse.Namespace(**vars(args) | settings | dict(out=out))
+    rows = read_rows(args)
+    if not rows:
+        raise OSError(f"{out} holds no finished runs: name a folder that lth_diffusion.py wrote")
+    return Experiment(args), rows
 
 
 def main(argv=None):
     """The command line: exit code 2 for a mistake of the user's, 1 for a diverged run, 130 for Ctrl-C."""
     args, parser = parse_args(argv)
-    try:
+    with one_line(parser, args.out):
         join_ranks()
         if args.batch % ranks()[1]:
             raise ValueError(f"argument --batch: {args.batch} images cannot be shared by {ranks()[1]} ranks")
-        os.makedirs(args.out, exist_ok=True)
+        writable([args.out], "--out")
         with alone_in(args.out):
             run(args, parser)
         if ranks()[1] > 1:
             dist.destroy_process_group()
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    except RuntimeError as error:
-        if args.compile and "compile" in f"{type(error)}".lower():
-            parser.exit(1, f"--compile does not work here ({str(error).splitlines()[0][:160]}): leave it out\n")
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
-            raise
-        parser.exit(1, f"out of memory ({str(error).splitlines()[0][:160]}): lower --batch, or choose a "
-                    f"smaller --preset. What was done before is kept in {args.out}.\n")
-    except FloatingPointError as error:
-        parser.exit(1, f"{error}. What was done before is kept in {args.out}.\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped. The same command goes on from here; what is done is in {args.out}.\n")
 
 
 # ------------------------------------------------------------------------- pictures, drawn with Pillow alone

@@ -215,7 +215,7 @@ def load_inception(path=None, root=None, cache=CACHE):
     """
     folders = root or os.environ.get("LTH_DATA", "data"), cache
     places = [os.path.join(folder, INCEPTION_FILE) for folder in folders]
-    way_out = f"get it with  curl -L --create-dirs -o {path or places[0]} {INCEPTION_URL}"
+    way_out = f"get it with  curl -L --create-dirs -o {places[0]} {INCEPTION_URL}"
     path = path or next(filter(os.path.exists, places), None)
     if path is None:
         from ddpm import download, writable  # here alone
@@ -420,8 +420,8 @@ def quality(model, images, real, reference):
 
 
 def floor(model, train_images, test_images, n, dataset, cache=CACHE):
-    """quality() of n test images uint8 [., C, H, W], the mean of up to FLOOR_DRAWS draws that share none: what
-    a perfect sampler scores. FID is against all training images, the rest against n of them. Cached by data
+    """quality() of n test images uint8 [., C, H, W], a mean over up to FLOOR_DRAWS disjoint draws: what a
+    perfect sampler scores. FID is against all training images, the rest against n of them. Cached by data
     set, n, images and extractor. ValueError when there are fewer than n test images.
     """
     if not 2 <= n <= len(test_images):

@@ -11,7 +11,6 @@ many steps as make its total that of `imp` at the last round ('equal cost').
 
 What would change our mind about iterating: a method of one cut that is as good at the same total cost.
 """
-import argparse
 import os
 import shutil
 import sys
@@ -20,6 +19,7 @@ import time
 import numpy as np
 
 import lth_diffusion as lth
+from ddpm import Parser, one_line, seed_number, writable
 
 METHODS = {  # name -> flags of lth_diffusion.py; the first is what the others are compared with
     "imp": "--arms rewind reinit random small", "imp-layer": "--scope layer", "imp-ramp": "--scope ramp",
@@ -104,11 +104,11 @@ def draw(table, path, note):
 
 def main(argv=None):
     """The command line; what it does not know goes to lth_diffusion.py."""
-    parser = argparse.ArgumentParser(prog="studies.methods", description=__doc__.split("\n")[0])
+    parser = Parser(prog="studies.methods", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="imp is always among them")
     add("--longer", nargs="*", choices=ONCE, default=list(LONGER), help="run again at imp's total cost")
-    add("--more-seeds", nargs="+", type=int, default=[], metavar="S",
+    add("--more-seeds", nargs="+", type=seed_number, default=[], metavar="S",
         help="further seeds for imp and for the cheap ones, which cut once")
     add("--runs", help="folder of the runs (default: runs/methods_DATASET)")
     add("--results", default="results", help="folder of methods_DATASET.* (default: results)")
@@ -119,16 +119,14 @@ def main(argv=None):
     common, _ = lth.parse_args(rest)  # a mistake in them ends here
     args.runs = args.runs or os.path.join("runs", f"methods_{common.dataset}")
     began, dense_runs, rows = time.monotonic(), {}, {}
-    try:
+    with one_line(parser, args.runs):
+        writable([args.results], "--results")
         for name in dict.fromkeys(["imp", *args.only]):
             rows[name] = run(flags_of(name, args, rest), dense_runs)
         for name in args.longer:
-            flags = longer_flags([*flags_of(name, args, rest), "--seeds", *map(str, common.seeds)], rows["imp"])
+            flags = [*flags_of(name, args, rest), "--seeds", *map(str, common.seeds)]
+            flags = longer_flags(flags, rows["imp"])
             rows[name + LONG] = run(flags, dense_runs)
-    except (OSError, ValueError, FloatingPointError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped. The same command goes on from here; what is done is in {args.runs}.\n")
     table = [line for name, found in rows.items() for line in lines(name, found)]
     seen = {}  # the dense run that several share stands once, as the one with the most seeds has it
     for k, line in enumerate(table):

@@ -6,7 +6,6 @@
 
 Exits 1 where a difference is above its tolerance. A peer that is missing is named and its rows are left out.
 """
-import argparse
 import collections
 import importlib
 import importlib.metadata
@@ -310,13 +309,15 @@ def write(folder, rows, argv, seconds):
 def main(argv=None):
     """Print the table and write it where it is complete; returns 1 when a row is outside its tolerance."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ddpm.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--speed", action="store_true", help="also race against pytorch-fid: minutes")
     parser.add_argument("--out", default="results", help="folder of parity.* (default: results)")
     args = parser.parse_args(argv)
     start, missing, rows = time.monotonic(), missing_peers(), []
-    for section, peer in (*SECTIONS, *[(speed_rows, "pytorch-fid")] * args.speed):
-        rows += section() if peer not in missing else []
+    with ddpm.one_line(parser):
+        ddpm.writable([args.out], "--out")
+        for section, peer in (*SECTIONS, *[(speed_rows, "pytorch-fid")] * args.speed):
+            rows += section() if peer not in missing else []
     print(f"{text_table(Row._fields, rows)}\n\n{MEANING}\n")
     if missing:  # and so as not to replace a whole table by a part of one, nothing is written
         print("not compared with", ", ".join(f"{peer} ({why})" for peer, why in missing.items()))

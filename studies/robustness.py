@@ -16,7 +16,6 @@ diffusion models more fragile': a ticket whose error grows by a larger factor th
 the controls of its density do not. Factors over each network's own clean error are shown beside the errors,
 since a worse network has less to lose.
 """
-import argparse
 import os
 import sys
 import time
@@ -26,7 +25,7 @@ import torch
 
 import lth_diffusion as lth
 import metrics
-from ddpm import denoiser, draw_samples, positive_int, to_float
+from ddpm import Parser, denoiser, draw_samples, one_line, positive_int, to_float, writable
 
 NOISE = (0.0, 0.1, 0.2, 0.4)  # s, in units of x_t, whose pixels have about unit variance
 BUDGETS = (0.0, 0.02, 0.05, 0.1)
@@ -108,7 +107,9 @@ def check(values):
 def lines(exp, rows, args):
     """Rows of HEADER of every network asked for."""
     rounds = args.rounds or sorted({0, *exp.args.control_rounds})
-    for job in [job for job in rows if job.round in rounds and job.arm not in ("transform", "probe")]:
+    jobs = [job for job in rows if job.round in rounds and job.arm not in ("transform", "probe")]
+    lth.check_rounds(rounds, rows)
+    for job in jobs:
         values = {(trouble, size): value for trouble, size, value in measure(exp, job, args)}
         check(values)
         first = {trouble: value for (trouble, _), value in reversed(values.items())}  # each one's clean
@@ -149,7 +150,7 @@ def conclude(table):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="studies.robustness", description=__doc__.split("\n")[0])
+    parser = Parser(prog="studies.robustness", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--from", dest="run", metavar="runs/NAME", help="a finished run (default: a small one on digits)")
     add("--rounds", nargs="+", type=int, help="which rounds (default: 0 and those with controls)")
@@ -158,7 +159,8 @@ def main(argv=None):
     add("--out", default="results", help="folder of robustness_DATASET.* (default: results)")
     args = parser.parse_args(argv)
     command, began = " ".join(["python -m studies.robustness", *(argv or sys.argv[1:])]), time.monotonic()
-    try:
+    with one_line(parser):
+        writable([args.out], "--out")
         exp, rows = lth.open_run(args.run)
         table = list(lines(exp, rows, args))
         path = os.path.join(args.out, f"robustness_{exp.args.dataset}")
@@ -166,8 +168,6 @@ def main(argv=None):
             command, exp.device, seconds=round(time.monotonic() - began, 1), times=TIMES))
         draw(table, path + ".png", f"{exp.args.dataset}, {args.images} held-out images at t of {TIMES}. "
              f"Percentages: weights pruned. Seeds: {len({line[0] for line in table})}.")
-    except (OSError, ValueError) as error_:
-        parser.exit(2, f"studies.robustness: {' '.join(str(error_).split())}\n")
     print(f"\n{lth.text_table(HEADER, table)}\n\n{conclude(table)}\n{path}.csv, .json, .png")
 
 

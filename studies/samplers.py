@@ -12,13 +12,12 @@ Pareto front when none is better at equal or less work.
 
 What would change our mind about 'fewer steps are the cheaper way': tickets that fill the front at low work.
 """
-import argparse
 import os
 import sys
 import time
 
 import lth_diffusion as lth
-from ddpm import draw_samples, positive_int
+from ddpm import Parser, draw_samples, one_line, positive_int, writable
 
 STEPS = dict(ddpm=(50, 250), ddim=(5, 10, 20, 50), dpm=(5, 10, 20, 50))  # the ancestral one is lost below 50
 HEADER = ["run", "seed", "round", "arm", "sparsity", "sampler", "evaluations", "GMACs a sample", "s/1000",
@@ -28,7 +27,9 @@ HEADER = ["run", "seed", "round", "arm", "sparsity", "sampler", "evaluations", "
 def networks(exp, rows, args):
     """The jobs to compare: dense, and the tickets of the rounds asked for."""
     rounds = args.rounds or exp.args.control_rounds
-    return [job for job in rows if job.arm == "dense" or job.arm == "rewind" and job.round in rounds]
+    jobs = [job for job in rows if job.arm == "dense" or job.arm == "rewind" and job.round in rounds]
+    lth.check_rounds(rounds, rows)
+    return jobs
 
 
 def lines(exp, rows, args):
@@ -70,7 +71,7 @@ def draw(table, path, note):
 
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="studies.samplers", description=__doc__.split("\n")[0])
+    parser = Parser(prog="studies.samplers", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--from", dest="runs", nargs="+", default=[None], metavar="runs/NAME",
         help="finished runs of one data set (default: a small one on digits)")
@@ -79,7 +80,8 @@ def main(argv=None):
     add("--out", default="results", help="folder of samplers_DATASET.* (default: results)")
     args = parser.parse_args(argv)
     command, began = " ".join(["python -m studies.samplers", *(argv or sys.argv[1:])]), time.monotonic()
-    try:
+    with one_line(parser):
+        writable([args.out], "--out")
         found = [lth.open_run(run) for run in args.runs]
         names = {exp.args.dataset for exp, _ in found}
         if len(names) > 1:
@@ -92,8 +94,6 @@ def main(argv=None):
             command, found[0][0].device, n=args.samples, seconds=round(time.monotonic() - began, 1)))
         draw(table, path + ".png", f"n={args.samples:,} samples a figure from the same noise; "
              "percentages: weights pruned.")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"studies.samplers: {' '.join(str(error).split())}\n")
     best = [f"{row[3]} {100 * row[4]:.0f} % with {row[5]} {row[6]} ({row[7]:.2f} GMACs, {row[9]:.1f})"
             for row in sorted(table, key=lambda row: row[7]) if row[10]]
     print(f"\n{lth.text_table(HEADER, table)}\n\nThe front of work, cheapest first: {'; '.join(best)}.\n"

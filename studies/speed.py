@@ -10,7 +10,6 @@ Everything is timed in turns within one process: A, B, A, B, so that a slow minu
 median of --turns such ratios with the smallest and the largest. Peers that are not installed are named and
 left out. Seconds belong to the machine named in results/speed.json; ratios travel better, not perfectly.
 """
-import argparse
 import importlib
 import os
 import sys
@@ -23,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lth_diffusion as lth
 import metrics
-from ddpm import Diffusion, denoiser, pick_device, pick_precision, positive_int, sample
+from ddpm import (Diffusion, Parser, denoiser, one_line, pick_device, pick_precision, positive_int, sample,
+                  writable)
 from prune import (apply_masks, dense_channels, dense_masks, mask_hooks, prunable, prune_channels,
                    prune_magnitude, rewind, shrink)
 from unet import PRESETS, UNet
@@ -226,7 +226,7 @@ SECTIONS = dict(tickets=ticket_rows, steps=step_rows, limit=limit_rows, cost=cos
 
 def main(argv=None):
     """The command line: time the sections named, print and write the table."""
-    parser = argparse.ArgumentParser(prog="studies.speed", description=__doc__.split("\n")[0])
+    parser = Parser(prog="studies.speed", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
     add("--turns", type=positive_int, default=5, help="pairs behind a figure (default: 5)")
@@ -236,17 +236,16 @@ def main(argv=None):
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
     command = " ".join(["python -m studies.speed", *(sys.argv[1:] if argv is None else argv)])
-    try:
+    began, names, rows = time.monotonic(), args.sections, []
+    with one_line(parser):
+        writable([args.out], "--out")
         args.device, _ = pick_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
-    args.precision, began, names = pick_precision("auto", args.device)[0], time.monotonic(), args.sections
-    rows = []
-    for name in names or SECTIONS:
-        for line in SECTIONS[name](args):
-            rows.append([name, *line])
-            print(f"{line[0]} | {line[1]:.4g} s | {line[2]} | {line[3]:.4g} s | {line[4]:.3g} "
-                  f"[{line[5]:.3g}, {line[6]:.3g}]", flush=True)
+        args.precision, _ = pick_precision("auto", args.device)
+        for name in names or SECTIONS:
+            for line in SECTIONS[name](args):
+                rows.append([name, *line])
+                print(f"{line[0]} | {line[1]:.4g} s | {line[2]} | {line[3]:.4g} s | {line[4]:.3g} "
+                      f"[{line[5]:.3g}, {line[6]:.3g}]", flush=True)
     path = os.path.join(args.out, "speed" + "".join(f"_{name}" for name in names))
     lth.save_table(path, ["section", *HEADER], rows, **lth.provenance(
         command, args.device, precision=args.precision, seconds=round(time.monotonic() - began, 1)))

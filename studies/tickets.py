@@ -8,7 +8,6 @@ masks of the same layer densities have); CKA by block of the weights they end wi
 figure 15 of 1803.03635 as a rate, of each tenth of a layer's |w| at the start, how many live. Where the start
 said nothing of the ticket, that rate is the layer's density.
 """
-import argparse
 import os
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 
 import lth_diffusion as lth
 import metrics
-from ddpm import positive_int
+from ddpm import Parser, one_line, positive_int, writable
 from prune import density, prunable, unpack_masks
 from unet import UNet
 
@@ -28,7 +27,7 @@ TENTHS = 10
 class Ticket:
     """One ticket of a finished run: its masks and the networks it comes from."""
 
-    def __init__(self, out, args, seed, round):
+    def __init__(self, out, seed, round):
         job = lth.Job(seed, round, "rewind")
         state, theta = lth.load_state(job.path(out)), lth.load_state(lth.theta_path(out, seed))
         if state["channels"] is not None:
@@ -49,9 +48,8 @@ def tickets_of(folders, round):
     """The tickets of one round of every folder and seed. OSError, in one line, for what is not there."""
     found = []
     for out in folders:
-        way_out = "name folders that lth_diffusion.py wrote"
-        args = argparse.Namespace(**metrics.read_file(os.path.join(out, "config.json"), way_out)["args"])
-        found += [Ticket(out, args, seed, min(round or args.rounds, args.rounds)) for seed in args.seeds]
+        args = lth.read_config(out)["args"]
+        found += [Ticket(out, seed, min(round or args["rounds"], args["rounds"])) for seed in args["seeds"]]
     shapes = {tuple(mask.shape for mask in ticket.masks.values()) for ticket in found}
     if len(shapes) > 1:
         raise OSError("these runs are of different networks: name runs of one --preset and image size")
@@ -124,23 +122,21 @@ def draw_similarity(tickets, out):
 
 def main(argv=None):
     """The command line; exit code 2 and one line for a mistake of the user's."""
-    parser = argparse.ArgumentParser(prog="studies.tickets", description=__doc__.split("\n")[0])
+    parser = Parser(prog="studies.tickets", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("folders", nargs="+", metavar="runs/NAME", help="finished runs of one network")
     add("--round", type=positive_int, help="which round's tickets (default: each run's last)")
     add("--out", default="results", help="folder of tickets_* (default: results)")
     args = parser.parse_args(argv)
     command = " ".join(["python -m studies.tickets", *(sys.argv[1:] if argv is None else argv)])
-    try:
+    with one_line(parser):
+        writable([args.out], "--out")
         began, tickets = time.monotonic(), tickets_of(args.folders, args.round)
-        os.makedirs(args.out, exist_ok=True)
         table, header = draw(tickets, args.out), ["ticket", "other", "same start", "IoU", "by chance"]
         if len(tickets) > 1:
             draw_similarity(tickets, args.out)
         lth.save_table(os.path.join(args.out, "tickets_overlap"), header, table, **lth.provenance(
             command, seconds=round(time.monotonic() - began, 1), n=len(tickets)))
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"studies.tickets: {' '.join(str(error).split())}\n")
     print(lth.text_table(header, table) if table else "one ticket: nothing to compare it with")
 
 

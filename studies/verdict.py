@@ -9,7 +9,6 @@ its arms and sparsities, e the run's own, both standard normal. In 'bad runs' th
 (mean 0, sd 1): mostly a little better than its mean, now and then much worse. Effects are in units of the sd
 over seeds of the paired difference under test; a test at its boundary should say yes alpha of the time.
 """
-import argparse
 import csv
 import math
 import os
@@ -21,7 +20,7 @@ from scipy import stats
 
 import lth_diffusion as lth
 import metrics
-from ddpm import atomic, fraction, positive_int
+from ddpm import Parser, atomic, fraction, one_line, positive_int, writable
 
 ARMS = {"dense": "dense", "rewind": "ticket", "reinit": "reinit", "random": "random"}  # csv -> verdict
 SEEDS, EFFECTS = (3, 5, 10), (0, 0.5, 1, 1.5, 2, 2.5, 3, 4)
@@ -176,7 +175,6 @@ def pivot(rows):
 
 def calibrate(args):
     """Write verdict_calibration.csv, .md, .json and power.png to --out; return the text to print."""
-    os.makedirs(args.out, exist_ok=True)
     began, rng, columns = time.monotonic(), np.random.default_rng(0), [f"{n} seeds" for n in SEEDS]
     wrong = false_positives(rng, args)
     right = [["normal", f"{effect:g} inside", n, *rate(p[0] < args.alpha)] for effect in EFFECTS
@@ -210,7 +208,7 @@ def calibrate(args):
 # --- command
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="studies.verdict", description=__doc__.split("\n")[0])
+    parser = Parser(prog="studies.verdict", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("tables", nargs="*", metavar="results.csv", help="judge these; several hold different seeds")
     add("--calibrate", action="store_true", help="false positives and power on made-up data")
@@ -221,14 +219,13 @@ def main(argv=None):
     add("--out", default="results", help="folder of what --calibrate writes (default: results)")
     args = parser.parse_args(argv)
     args.command = " ".join(["python -m studies.verdict", *(sys.argv[1:] if argv is None else argv)])
-    try:
+    with one_line(parser):
+        writable([args.out], "--out")
         if bool(args.tables) == args.calibrate:
             raise ValueError("name results.csv files to judge, or else --calibrate")
         if not 0 < args.alpha < 0.5:
             raise ValueError(f"--alpha {args.alpha:g} is not between 0 and 0.5")
         print(judge(args) if args.tables else calibrate(args))
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"studies.verdict: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":
