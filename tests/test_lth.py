@@ -234,7 +234,7 @@ def test_tables_align():
 # --------------------------------------------------------------------------------- every way to find a ticket
 
 @pytest.mark.parametrize("flags", [
-    "--method oneshot --score taylor", "--method magnitude-init", "--method rigl", "--method rst --steps 60",
+    "--method oneshot --score taylor", "--method magnitude-init", "--method rigl", "--method rst --steps 40",
     "--scope cka", "--granularity channel"])
 def test_every_method_runs_with_all_arms_at_exact_counts(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))  # seconds, not minutes
