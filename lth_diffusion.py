@@ -722,8 +722,12 @@ def announce(exp, jobs, rows):
     total = sum(p.numel() for p in model.parameters())
     if a.compile:
         print("compiling the network: a minute or more", flush=True)
-    step, network = time_step(exp, model, a.compile), time_network(exp, model)
-    gain = f", {time_step(exp, model) / step:.2f} times as fast as without --compile" if a.compile else ""
+    step, network = time_step(exp, model), time_network(exp, model)
+    gain = ""
+    if a.compile:
+        gain = f"; {time_step(exp, model, compiled=False) / step:.2f} times as fast as uncompiled"
+    if exp.precision == "bf16":
+        gain += f"; {time_step(exp, model, precision='fp32') / step:.2f} times as fast as fp32"
     share = 1 - exp.k / a.steps
     whole = dict.fromkeys(("dense", "reinit", "small"), 1.0) | {"transform": RST_SHARE}
     cost = {arm: a.steps * step * whole.get(arm, share) + (a.samples * a.nfe + VAL_IMAGES) * network
@@ -744,11 +748,11 @@ def announce(exp, jobs, rows):
     return cost
 
 
-def time_step(exp, model, compiled=False, repeats=5):
+def time_step(exp, model, repeats=5, **changed):
     """Median seconds of a training step, after two to warm up; at rate 0, so that it cannot diverge."""
     marks = []
     train(model, exp.diffusion, exp.images, after_step=lambda *_: marks.append(time.monotonic()),
-          **exp.options(Job(0, 0, "dense"), steps=repeats + 2, lr=0.0, compiled=compiled, label="timing"))
+          **exp.options(Job(0, 0, "dense"), steps=repeats + 2, lr=0.0, label="timing", **changed))
     return float(np.median(np.diff(marks)[1:]))
 
 
@@ -943,7 +947,7 @@ def open_run(out=None):
     """(Experiment, {job: row}) of a finished run, for the studies; without a name, of a small one on digits,
     which is made first where it is not there (minutes). OSError for a folder that holds no run."""
     if out is None:
-        args, parser = parse_args(["--rounds", "3", "--final-sparsity", "0.9"])
+        args, parser = parse_args(["--rounds", "2", "--final-sparsity", "0.9"])
         os.makedirs(args.out, exist_ok=True)
         with alone_in(args.out):
             run(args, parser)

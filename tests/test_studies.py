@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import lth_diffusion as lth
+from ddpm import load_images
 from prune import dense_masks, live_counts, prune_magnitude
-from studies import methods, parity, robustness, samplers, speed, tickets
+from studies import methods, parity, positive_control, robustness, samplers, speed, tickets
 from unet import UNet
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -194,3 +195,20 @@ def test_samplers(compared, monkeypatch):
 def test_front_by_hand():
     rows = [[None] * 7 + [work, 0, fid] for work, fid in ((1, 9), (2, 5), (3, 5), (2, 7), (4, 1))]
     assert samplers.on_front(rows, 7) == [True, True, False, False, True]
+
+
+def test_positive_control(monkeypatch, capsys, tmp_path):
+    images, labels = (part[:1400] for part in load_images("digits", "data"))
+    pairs = [(images[a:b].float() / 255, labels[a:b]) for a, b in ((0, 1000), (1000, 1200), (1200, 1400))]
+    monkeypatch.setattr(positive_control, "load", lambda folder: pairs)
+    positive_control.main(["--seeds", "0", "--steps", "80", "--rounds", "3", "--out", str(tmp_path)])
+    with open(tmp_path / "positive_control.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["arm"] for row in rows] == 2 * ["dense", "rewind", "rewind", "rewind", "reinit", "random",
+                                                "oneshot"]
+    first = (0.8 * 235_200 + 0.8 * 30_000 + 0.9 * 1000) / 266_200  # by hand: the last layer at half the rate
+    assert float(rows[1]["weights left"]) == pytest.approx(first, abs=1e-5)
+    for net in (rows[:7], rows[7:]):
+        assert float(net[0]["test accuracy"]) > 0.8
+        assert len({row["weights left"] for row in net[3:6]}) == 1
+    assert "lenet, 51.3 % of the weights, n=1 seeds" in capsys.readouterr().out
