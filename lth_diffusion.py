@@ -944,14 +944,15 @@ def finish(exp, rows):
 
 
 def open_run(out=None):
-    """(Experiment, {job: row}) of a finished run, for the studies; without a name, of a small one on digits,
-    which is made first where it is not there (minutes). OSError for a folder that holds no run."""
+    """(Experiment, {job: row}) of a finished run, for the studies; without a name, of the one on digits, of
+    which a small one is made where there is none (minutes). OSError for a folder that holds no run."""
     if out is None:
         args, parser = parse_args(["--rounds", "2", "--final-sparsity", "0.9"])
-        os.makedirs(args.out, exist_ok=True)
-        with alone_in(args.out):
-            run(args, parser)
         out = args.out
+        os.makedirs(out, exist_ok=True)
+        if not os.path.exists(os.path.join(out, "config.json")) or read_config(out)["args"]["rounds"] == 2:
+            with alone_in(out):
+                run(args, parser)
     settings = read_config(out)["args"]
     args, _ = parse_args(["--dataset", settings["dataset"]])  # the flags that an older run did not know
     args = argparse.Namespace(**vars(args) | settings | dict(out=out))

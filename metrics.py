@@ -415,7 +415,8 @@ def quality(model, images, real, reference):
     if not isinstance(model, InceptionV3):
         return columns
     value, error = kid(feats, real, subset_size=min(1000, min(len(feats), len(real)) // 2))
-    score, _ = inception_score(logits.softmax(1), min(10, len(logits)))  # of the logits, fc bias included
+    logits = logits - model.fc.bias.cpu()  # left out in 1606.03498's code, and by torch-fidelity
+    score, _ = inception_score(logits.softmax(1), min(10, len(logits)))
     return columns | dict(kid=value, kid_error=error, inception_score=score)
 
 
