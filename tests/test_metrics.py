@@ -331,15 +331,15 @@ def test_quality_columns_by_extractor(monkeypatch):
     """All of Inception's, the first three of the classifier's; the reference is FID's alone."""
     images, generator = pixels(40), torch.Generator().manual_seed(3)
     fake, real = (torch.randn(n, 6, generator=generator) for n in (40, 50))
-    scores = torch.randn(40, 4, generator=generator)
+    scores, inception = torch.randn(40, 1008, generator=generator), metrics.InceptionV3()
     monkeypatch.setattr(metrics, "features", lambda model, x, logits=False, **_: (fake, scores))
     reference = metrics.statistics(2 * real)
     expected = dict(fid=metrics.fid(fake, reference))
     expected["precision"], expected["recall"] = metrics.precision_recall(real, fake)
     assert metrics.quality(metrics.DomainClassifier(), images, real, reference) == expected
     expected["kid"], expected["kid_error"] = metrics.kid(fake, real, subset_size=20)
-    expected["inception_score"] = metrics.inception_score(scores.softmax(1))[0]
-    assert metrics.quality(metrics.InceptionV3(), images, real, reference) == expected
+    expected["inception_score"] = metrics.inception_score((scores - inception.fc.bias).softmax(1))[0]
+    assert metrics.quality(inception, images, real, reference) == expected
 
 
 def test_floor_is_computed_once(tmp_path, monkeypatch):
