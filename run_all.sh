@@ -29,9 +29,10 @@ if [ "$stage" = test ]; then
     half="tests/test_lth.py tests/test_studies.py tests/test_prune.py"
     .venv/bin/python -m pytest -q $half &
     trap "kill $! 2> /dev/null || true" EXIT
-    .venv/bin/python -m pytest -q ${half//tests/--ignore tests}
-    wait $!
-    exit
+    failed=0
+    .venv/bin/python -m pytest -q ${half//tests/--ignore tests} || failed=1
+    wait $! || failed=1
+    exit $failed
 fi
 if [ "$stage" = digits ]; then
     set -- --rounds 2 --final-sparsity 0.9 "$@" # ten rounds' sparsity in two, to be done in minutes
