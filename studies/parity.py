@@ -302,7 +302,7 @@ def write(folder, rows, argv, seconds):
     save_table(os.path.join(folder, "parity"), Row._fields, rows, **provenance(
         " ".join(["python -m studies.parity", *argv]), peers=peers, seconds=round(seconds, 1)))
     text = f"{markdown_table(Row._fields, rows)}\n\n{MEANING}"
-    with atomic(os.path.join(folder, "parity.md")) as temporary:
+    with ddpm.atomic(os.path.join(folder, "parity.md")) as temporary:
         metrics.write_text(temporary, text)
 
 
