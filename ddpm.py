@@ -595,7 +595,7 @@ def restore(state, model, ema, opt, log):
 
 def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_schedule="constant", warmup=100,
           optimizer="adam", beta2=0.999, clip=1.0, ema_decay=0.9999, flip=False, seed=0, precision="fp32",
-          compiled=False, label="train", after_backward=None, after_step=None, state=None, checkpoint=None):
+          label="train", after_backward=None, after_step=None, state=None, checkpoint=None):
     """Train `model` in place on steps start .. steps-1 of one schedule; return (EMA, [(step, mean loss)]).
 
     images: uint8 (N, C, H, W) on the model's device. after_backward(step, model) sees the gradients before
@@ -613,8 +613,7 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
     if state is not None:
         start = restore(state, model, ema, opt, log)
     rank, world = ranks()
-    network = torch.compile(model) if compiled else model
-    network = DistributedDataParallel(network) if world > 1 else network  # averages gradients over the ranks
+    network = DistributedDataParallel(model) if world > 1 else model  # averages gradients over the ranks
     bar = tqdm(range(start, steps), desc=label, unit="step", mininterval=0.5, leave=False,
                disable=True if rank else None)
     for step in bar:
@@ -677,8 +676,6 @@ def one_line(parser, out=None):
         parser.exit(130, f"\nstopped. {kept}{' The same command goes on from here.' if out else ''}\n")
     except RuntimeError as error:
         first = str(error).splitlines()[0][:160]
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            parser.exit(1, f"--compile does not work here ({first}): leave it out. {kept}\n")
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
         parser.exit(1, f"out of memory ({first}): lower --batch, or choose a smaller --preset. {kept}\n")
@@ -704,7 +701,6 @@ def add_training_flags(parser):
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 where the hardware has units for it")
-    add("--compile", action="store_true", help="train a compiled network; what that gives is measured first")
     add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
     add("--out", help="folder of the results (default: runs/...)")
 
@@ -850,7 +846,7 @@ def train_one(args):
     start = time.monotonic()
     ema, losses = train(model, diffusion, images.to(device), steps=args.steps, batch=args.batch, lr=args.lr,
                         lr_schedule=args.lr_schedule, optimizer=args.optimizer, beta2=args.beta2,
-                        ema_decay=args.ema, compiled=args.compile,
+                        ema_decay=args.ema,
                         flip=args.dataset.startswith("cifar"), seed=args.seed, precision=precision,
                         warmup=max(1, args.steps // 20))
     trained = time.monotonic()

@@ -363,7 +363,7 @@ class Experiment:
         steps = round(RST_SHARE * a.steps) if job.arm == "transform" else a.steps
         return dict(steps=steps, batch=a.batch, lr=a.lr, lr_schedule=a.lr_schedule, optimizer=a.optimizer,
                     beta2=a.beta2, ema_decay=a.ema, flip=a.dataset.startswith("cifar"), seed=order,
-                    precision=self.precision, compiled=a.compile, warmup=max(1, a.steps // 20),
+                    precision=self.precision, warmup=max(1, a.steps // 20),
                     label=str(job)) | changed
 
     def hooks(self, job, model, masks):
@@ -720,14 +720,10 @@ def announce(exp, jobs, rows):
     a, model = exp.args, exp.new_model(0)
     weights = sum(p.numel() for p in prunable(model).values())
     total = sum(p.numel() for p in model.parameters())
-    if a.compile:
-        print("compiling the network: a minute or more", flush=True)
     step, network = time_step(exp, model), time_network(exp, model)
     gain = ""
-    if a.compile:
-        gain = f"; {time_step(exp, model, compiled=False) / step:.2f} times as fast as uncompiled"
     if exp.precision == "bf16":
-        gain += f"; {time_step(exp, model, precision='fp32') / step:.2f} times as fast as fp32"
+        gain = f"; {time_step(exp, model, precision='fp32') / step:.2f} times as fast as fp32"
     share = 1 - exp.k / a.steps
     whole = dict.fromkeys(("dense", "reinit", "small"), 1.0) | {"transform": RST_SHARE}
     cost = {arm: a.steps * step * whole.get(arm, share) + (a.samples * a.nfe + VAL_IMAGES) * network
