@@ -642,7 +642,8 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
 # ----------------------------------------------------------------------------- command line, device, defaults
 
 # What each data set is trained with unless flags say otherwise: sized for two CPU cores, but for `--preset
-# paper`. In the few steps of digits a short memory of Adam and the ancestral sampler halve fid_domain each.
+# paper`. In the few steps of digits a short memory of Adam halves fid_domain, 11.9 to 4.9, and the ancestral
+# sampler takes off a sixth of it, 19.0 to 16.2 (one seed, n=250).
 USUAL = dict(batch=32, lr=4e-3, beta2=0.999, ema=0.995, sampler="ddim", samples=1000)
 DEFAULTS = {
     "digits": dict(preset="tiny", steps=560, batch=32, lr=9e-3, beta2=0.95, ema=0.99, sampler="ddpm",
