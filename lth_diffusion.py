@@ -946,7 +946,8 @@ def open_run(out=None):
         args, parser = parse_args(["--rounds", "2", "--final-sparsity", "0.9"])
         out = args.out
         os.makedirs(out, exist_ok=True)
-        if not os.path.exists(os.path.join(out, "config.json")) or read_config(out)["args"]["rounds"] == args.rounds:
+        there = os.path.exists(os.path.join(out, "config.json"))
+        if not there or read_config(out)["args"]["rounds"] == args.rounds:
             with alone_in(out):
                 run(args, parser)
     settings = read_config(out)["args"]
