@@ -17,7 +17,7 @@ esac
 if ! cmp -s requirements.txt .venv/installed.txt; then
     echo "making .venv with $(tr '\n' ' ' < requirements.txt)"
     "${PYTHON:-python3}" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest
+    .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt pytest
     cp requirements.txt .venv/installed.txt
 fi
 
