@@ -86,6 +86,11 @@ def to_float(images):
     return images.float() / 127.5 - 1
 
 
+def as_input(images):
+    """What is trained on: uint8 images as floats in [-1, 1]; latents, which are floats, as they are."""
+    return to_float(images) if images.dtype == torch.uint8 else images
+
+
 def to_uint8(x):
     """Floats in [-1, 1], any shape -> uint8, rounded and clamped: the exact inverse of to_float."""
     if not x.is_floating_point():
@@ -364,22 +369,32 @@ def _read_cifar(dataset, root, split):
 class Diffusion:
     """The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), t = 0 being one step of noise.
 
-    schedule: "linear" = betas from 1e-4 to 0.02 (2006.11239, section 4), "cosine" = 2102.09672, section 3.2.
+    schedule: "linear" = betas from 1e-4 to 0.02 (2006.11239, section 4), "cosine" = 2102.09672, section 3.2,
+    "sigma" = the noise levels of a score-based model, log-uniform from 0.01 to 50 (2011.13456, appendix C),
+    in a million steps, as good as continuous; its input is scaled to unit variance. prediction: what the
+    network says, "eps" or "v" = sqrt(abar) eps - sqrt(1 - abar) x_0 (2202.00512, appendix D).
     The tables betas, alphas_bar and posterior_variance are float64 (T,), on the CPU.
-    Raises ValueError for an unknown schedule or a T too short for it.
+    Raises ValueError for an unknown schedule or prediction or a T too short for it.
     """
 
-    def __init__(self, T=1000, schedule="linear"):
+    def __init__(self, T=1000, schedule="linear", prediction="eps"):
+        if prediction not in ("eps", "v"):
+            raise ValueError(f"prediction={prediction!r}: choose eps or v")
+        T = 1_000_000 if schedule == "sigma" else T
         if schedule == "linear":  # scaled so that a shorter chain destroys as much signal
             self.betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * (1000 / T)
         elif schedule == "cosine":
             angle = (torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2
             self.betas = (1 - (angle[1:].cos() / angle[:-1].cos()) ** 2).clamp(max=0.999)
+        elif schedule == "sigma":
+            log_sigma = torch.linspace(math.log(0.01), math.log(50), T, dtype=torch.float64)
+            abar = 1 / (1 + torch.exp(2 * log_sigma))
+            self.betas = 1 - abar / torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
         else:
-            raise ValueError(f"schedule={schedule!r}: choose linear or cosine")
+            raise ValueError(f"schedule={schedule!r}: choose linear, cosine or sigma")
         if not bool((self.betas < 1).all()):
             raise ValueError(f"T={T} is too short for the {schedule} schedule: some beta is 1 or more")
-        self.T = T
+        self.T, self.prediction = T, prediction
         self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
         before = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
         self.posterior_variance = self.betas * (1 - before) / (1 - self.alphas_bar)
@@ -398,9 +413,25 @@ class Diffusion:
         signal, sigma = self._gather(t, x0)
         return signal * x0 + sigma * noise
 
+    def clock(self, t):
+        """What the network is told of t: 0 to 1000, however many steps there are."""
+        return t if self.T <= 1000 else t * (1000 / self.T)
+
+    def predict(self, model, x_t, t):
+        """The noise eps (B, C, H, W) that the network sees in x_t."""
+        out = model(x_t, self.clock(t)).to(x_t.dtype)
+        if self.prediction == "eps":
+            return out
+        signal, sigma = self._gather(t, x_t)
+        return signal * out + sigma * x_t
+
     def loss(self, model, x0, t, noise):
-        """The simple loss, mean squared error on eps, as a scalar (2006.11239, eq. 14)."""
-        return F.mse_loss(model(self.q_sample(x0, t, noise), t).float(), noise)
+        """The simple loss, mean squared error on eps, as a scalar (2006.11239, eq. 14); or that on v."""
+        target = noise
+        if self.prediction == "v":
+            signal, sigma = self._gather(t, x0)
+            target = signal * noise - sigma * x0
+        return F.mse_loss(model(self.q_sample(x0, t, noise), self.clock(t)).float(), target)
 
 
 # ----------------------------------------------------------------------------------------------- samplers
@@ -455,7 +486,7 @@ def dpm_step(x, x0, abar_from, abar_to, x0_before=None, abar_before=None):
 
 @torch.no_grad()
 def sample(model, diffusion, x_T, method="ddpm", steps=50, eta=0.0, clip=True, generator=None):
-    """Images (N, C, H, W) from noise x_T, in x_T's dtype; `model` is any callable (x, t (N,) int64) -> eps.
+    """Images (N, C, H, W) from noise x_T, in x_T's dtype; `model` is any callable (x, t (N,)) -> eps (or v).
 
     method: "ddpm" (ancestral), "ddim" (eta) or "dpm" (DPM-Solver++ 2M). steps: network evaluations, at
     t = i * (T // steps), descending; the last step goes to abar = 1. generator: for the noise of stochastic
@@ -469,7 +500,8 @@ def sample(model, diffusion, x_T, method="ddpm", steps=50, eta=0.0, clip=True, g
     x, before = x_T, (None, None)
     for i in reversed(range(steps)):
         abar_from, abar_to = abar[i * stride], abar[(i - 1) * stride] if i else 1.0
-        eps = model(x, torch.full((len(x),), i * stride, dtype=torch.int64, device=x.device)).to(x.dtype)
+        t = torch.full((len(x),), i * stride, dtype=torch.int64, device=x.device)
+        eps = diffusion.predict(model, x, t)
         if method == "dpm":
             x0, _ = predict_x0(x, eps, abar_from, clip)
             x = dpm_step(x, x0, abar_from, abar_to, *before)
@@ -528,12 +560,12 @@ def make_optimizer(name, parameters, lr, beta2=0.999):
 def batch_at(images, step, seed, batch, flip, T, generator, rank=0, world=1):
     """Batch, t and noise of one step, as a pure function of (seed, step): runs resume, arms share their data
     and ranks agree without any generator's state being kept; this rank's share of it. Dropout, which draws
-    from torch's global generator, is seeded along. images: uint8 (N, C, H, W), on the device."""
+    from torch's global generator, is seeded along. images: uint8 or latents (N, C, H, W), on the device."""
     torch.manual_seed(-1 - seed * 1_000_003 - step - 4_100_000_000 * rank)
     generator.manual_seed(seed * 1_000_003 + step)
     device = images.device
     index = torch.randint(len(images), (batch,), generator=generator, device=device)
-    x0 = to_float(images[index])  # (B, C, H, W) in [-1, 1]
+    x0 = as_input(images[index])  # (B, C, H, W) in [-1, 1]
     if flip:
         left = torch.rand(batch, generator=generator, device=device) < 0.5
         x0 = torch.where(left[:, None, None, None], x0.flip(3), x0)
@@ -695,7 +727,9 @@ def add_training_flags(parser):
     add("--optimizer", choices=["adam", "sgd"], default="adam", help="default: adam")
     add("--beta2", type=fraction, help="decay of Adam's second moment")
     add("--ema", type=fraction, help="decay of the averaged weights that are sampled")
-    add("--schedule", choices=["linear", "cosine"], default="linear", help="noise schedule (default: linear)")
+    add("--schedule", choices=["linear", "cosine", "sigma"], default="linear",
+        help="of the noise; sigma: log-uniform levels, as score-based models have them (default: linear)")
+    add("--prediction", choices=["eps", "v"], default="eps", help="what the network says (default: eps)")
     add("--samples", type=positive_int, metavar="N", help="images to draw for every measurement")
     add("--sampler", choices=["ddpm", "ddim", "dpm"], help="default: ddim; digits: ddpm")
     add("--nfe", type=evaluations, default=50, help="network evaluations a sample (default: 50)")
@@ -800,18 +834,19 @@ def denoiser(model, precision):
 
 
 def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=50, batch=128,
-                 label="sample"):
+                 label="sample", decode=None):
     """uint8 images (N, C, H, W) on the CPU from noise x_T (N, C, H, W), batch by batch, shared out among the
     ranks; stochastic samplers seed their noise by the batch, so that every model meets the same on any number
-    of ranks."""
+    of ranks. decode: what makes uint8 images of latents, which have no range to be clipped to."""
     predict, done = denoiser(model, precision), {}
     device, (rank, world) = next(model.parameters()).device, ranks()
     parts = list(enumerate(x_T.split(batch)))
     for number, part in tqdm(parts[rank::world], desc=label, unit="batch", leave=False,
                              disable=True if rank else None):
         generator = torch.Generator().manual_seed(SAMPLER_SEED + number)
-        x = sample(predict, diffusion, part.to(device), sampler, steps, generator=generator)
-        done[number] = to_uint8(x).cpu()
+        x = sample(predict, diffusion, part.to(device), sampler, steps, clip=decode is None,
+                   generator=generator)
+        done[number] = (decode or to_uint8)(x).cpu()
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, done)
@@ -840,7 +875,7 @@ def train_one(args):
     images, _ = load_images(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
     model = UNet(images.shape[1], image_size=images.shape[-1], **PRESETS[args.preset]).to(device)
-    diffusion = Diffusion(schedule=args.schedule)
+    diffusion = Diffusion(schedule=args.schedule, prediction=args.prediction)
     print(f"{args.dataset}: {len(images):,} images {tuple(images.shape[1:])} | U-Net {args.preset}: "
           f"{sum(p.numel() for p in model.parameters()):,} parameters\n"
           f"{device} ({why}), {precision} ({why_precision})")

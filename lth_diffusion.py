@@ -33,9 +33,9 @@ import torch.distributed as dist
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import metrics
-from ddpm import (Diffusion, Parser, add_training_flags, atomic, batch_at, check_finite, denoiser,
+from ddpm import (Diffusion, Parser, add_training_flags, as_input, atomic, batch_at, check_finite, denoiser,
                   draw_samples, fill_defaults, fraction, load_images, one_line, pick_device, pick_precision,
-                  positive_int, ranks, seed_number, to_float, train, writable)
+                  positive_int, ranks, seed_number, train, writable)
 from prune import (RigL, apply_masks, blocks_of, cka_rates, dense_channels, dense_masks, init_scores,
                    live_counts, mask_hooks, narrower, pack_masks, prunable, prune_channels, prune_scores,
                    ramp_rates, random_channels, random_masks, random_scores, rst_hooks, save_ticket, shrink,
@@ -177,7 +177,7 @@ class Experiment:
         self.precision, self.why_precision = pick_precision(args.precision, self.device)
         self.images, labels = load_images(args.dataset, args.data_dir)
         self.test, _ = load_images(args.dataset, args.data_dir, "test")
-        self.diffusion = Diffusion(schedule=args.schedule)
+        self.diffusion, self.decode = Diffusion(schedule=args.schedule, prediction=args.prediction), None
         self.classifier = metrics.load_classifier(args.dataset, self.images, labels)
         n = min(args.samples, len(self.test))
         self.real = metrics.random_draw(self.test, n)  # what samples meet where all training images are many
@@ -427,8 +427,7 @@ class Experiment:
         a, shape = self.args, self.images.shape[1:]
         with metrics.PeakMemory(self.device) as memory:
             began = time.monotonic()
-            samples = draw_samples(model, self.diffusion, self.x_T(a.samples), self.precision, a.sampler,
-                                   a.nfe, label=f"{job}: sample")
+            samples = self.draw(model, label=f"{job}: sample")
             seconds = time.monotonic() - began
         if ranks()[0]:  # the rest is rank 0's
             return None, None
@@ -442,6 +441,13 @@ class Experiment:
             macs_live=sum(live for _, live in macs.values()), ticket_bytes=os.path.getsize(ticket),
             seconds_per_1000=1000 * seconds / a.samples, sample_memory=memory.bytes)
 
+    def draw(self, model, n=None, x_T=None, **changed):
+        """n samples uint8 (n, C, H, W) of a model, from the x_T that all models share or the one given."""
+        a = self.args
+        options = dict(precision=self.precision, sampler=a.sampler, steps=a.nfe, decode=self.decode) | changed
+        x_T = self.x_T(n or a.samples) if x_T is None else x_T
+        return draw_samples(model, self.diffusion, x_T, **options)
+
     def quality(self, samples):
         """The quality columns of uint8 samples: those in the domain classifier's features end in _domain."""
         return {column + name: value for name, (model, reference, real, _) in self.rulers.items()
@@ -452,9 +458,9 @@ class Experiment:
         return torch.randn(n, *self.images.shape[1:], generator=torch.Generator().manual_seed(EVAL_SEED))
 
     def val_loss(self, model):
-        """Held-out mean squared error on eps at fixed t (spread evenly) and noise: paired across tickets."""
+        """Held-out mean squared error on eps (or v), t spread evenly, noise fixed: paired across tickets."""
         predict, generator = denoiser(model, self.precision), torch.Generator().manual_seed(EVAL_SEED)
-        x0 = to_float(self.test[:VAL_IMAGES])
+        x0 = as_input(self.test[:VAL_IMAGES])
         t = torch.linspace(0, self.diffusion.T - 1, len(x0)).round().long()
         noise = torch.randn(x0.shape, generator=generator)
         parts = zip(*(v.to(self.device).split(250) for v in (x0, t, noise)))
@@ -477,6 +483,26 @@ class Experiment:
             similar = 2 * (self.args.steps - self.k)
             steps, macs = steps + similar, macs + 3 * macs_dense * self.args.batch * similar
         return dict(train_steps_total=before["train_steps_total"] + steps, train_macs_total=round(macs))
+
+    def fit(self, name, seed, model, masks=None, **changed):
+        """For the studies: train a model, in place, as an arm of this seed is trained on from step k, and
+        return its EMA. The end is kept in the run's folder, and taken from there when all that went into it
+        is the same."""
+        if masks is not None:
+            apply_masks(model, masks)
+        options = self.options(Job(seed, 0, "rewind"), label=name, start=self.k) | changed
+        key, path = f"{options} from {metrics.weights_hash(model)}", f"{self.args.out}/studies/{name}.pt"
+        if os.path.exists(path):
+            state = load_state(path, ("key", "model", "ema"))
+            if state["key"] == key:
+                ema = UNet(**model.config).to(self.device)
+                ema.load_state_dict(state["ema"])
+                model.load_state_dict(state["model"])
+                return ema
+        hooks = {} if masks is None else mask_hooks(model, masks)
+        ema = train(model, self.diffusion, self.images, **options, **hooks)[0].model
+        save_state(path, dict(key=key, model=model.state_dict(), ema=ema.state_dict()))
+        return ema
 
     def run(self, job, guard):
         """Do one job from start to its saved state; return its row of the table (None but on rank 0)."""
@@ -892,10 +918,10 @@ def write_config(exp, settings):
         metrics.write_text(temporary, json.dumps(dict(args=settings, **source), indent=1))
 
 
-def run(args, parser):
-    """Do every job of the plan that is not done yet, then tell and draw what happened."""
+def run(args, parser, experiment=Experiment):
+    """Do every job of the plan that is not done yet, then tell and draw what happened: (experiment, rows)."""
     settings = check_config(args, parser)
-    guard, exp, jobs, rows = Guard(), Experiment(args), plan(args), read_rows(args)
+    guard, exp, jobs, rows = Guard(), experiment(args), plan(args), read_rows(args)
     wait_for_all()
     first = ranks()[0] == 0
     if first:
@@ -925,6 +951,7 @@ def run(args, parser):
               flush=True)
     if first:
         finish(exp, rows)
+    return exp, rows
 
 
 def finish(exp, rows):
@@ -957,6 +984,29 @@ def open_run(out=None):
     if not rows:
         raise OSError(f"{out} holds no finished runs: name a folder that lth_diffusion.py wrote")
     return Experiment(args), rows
+
+
+class Study(Parser):
+    """The command line of a study: its own flags and --out; a table with its provenance at the end."""
+
+    def __init__(self, name, doc):
+        super().__init__(prog=f"studies.{name}", description=doc.split("\n")[0])
+        self.add_argument("--out", default="results", help=f"folder of {name}* (default: results)")
+
+    @contextlib.contextmanager
+    def arguments(self, argv=None):
+        """The flags, for a block in which a mistake ends in one line."""
+        argv = sys.argv[1:] if argv is None else argv
+        self.command, self.began = " ".join([f"python -m {self.prog}", *argv]), time.monotonic()
+        args = self.parse_args(argv)
+        with one_line(self):
+            writable([args.out], "--out")
+            yield args
+
+    def save(self, path, header, table, device="cpu", **facts):
+        """path.csv, and path.json with where its figures come from."""
+        save_table(path, header, table, **provenance(
+            self.command, device, seconds=round(time.monotonic() - self.began, 1), **facts))
 
 
 def main(argv=None):

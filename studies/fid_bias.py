@@ -8,15 +8,13 @@ bias once more: its interval lies above the estimate, often without holding it. 
 that share no image, and a jackknife (metrics.fid_jackknife), whose leave-outs all have the same bias.
 """
 import os
-import sys
-import time
 
 import numpy as np
 import torch
 
 import lth_diffusion as lth
 import metrics
-from ddpm import Parser, draw_digits, load_images, one_line, writable
+from ddpm import draw_digits, load_images
 
 IMAGES = (100, 200, 500, 1000, 2000, 5000, 10_000)  # behind a FID
 DRAWS = 10  # at most; fewer where the test images run out, since draws share none
@@ -61,21 +59,16 @@ def draw(rows, path):
 
 
 def main(argv=None):
-    parser = Parser(prog="studies.fid_bias", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--out", default="results", help="folder of fid_bias.csv, .json and .png (default: results)")
-    add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
-    args = parser.parse_args(argv)
-    args.command = " ".join(["python -m studies.fid_bias", *(sys.argv[1:] if argv is None else argv)])
-    names = ["digits"] + ["mnist"] * os.path.isdir(os.path.join(args.data_dir, "mnist"))
-    with one_line(parser):
-        writable([args.out], "--out")
-        began, (tables, hashes) = time.monotonic(), zip(*(measure(name, args.data_dir) for name in names))
+    study = lth.Study("fid_bias", __doc__)
+    study.add_argument("--data-dir", default=os.environ.get("LTH_DATA", "data"),
+                       help="default: $LTH_DATA or data")
+    with study.arguments(argv) as args:
+        names = ["digits"] + ["mnist"] * os.path.isdir(os.path.join(args.data_dir, "mnist"))
+        tables, hashes = zip(*(measure(name, args.data_dir) for name in names))
         rows = sum(tables, [])
         draw(rows, os.path.join(args.out, "fid_bias.png"))
-        lth.save_table(os.path.join(args.out, "fid_bias"), HEADER, rows, **lth.provenance(
-            args.command, n=IMAGES, generator_seed=0, classifiers=dict(zip(names, hashes)),
-            seconds=round(time.monotonic() - began, 1)))
+        study.save(os.path.join(args.out, "fid_bias"), HEADER, rows, n=IMAGES, generator_seed=0,
+                   classifiers=dict(zip(names, hashes)))
     print(lth.text_table(HEADER, rows))
 
 

@@ -12,8 +12,6 @@ on 5,000 held-out images, as in the paper: its step says how fast a network lear
 What would change our mind: tickets that at 10 to 20 % of the weights are no better than reinit and random.
 """
 import os
-import sys
-import time
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from tqdm import tqdm
 
 import lth_diffusion as lth
 import metrics
-from ddpm import Parser, load_images, one_line, positive_int, seed_number, writable
+from ddpm import load_images, positive_int, seed_number
 from prune import (apply_masks, dense_masks, density, live_counts, mask_hooks, prunable, prune_magnitude,
                    random_masks)
 
@@ -137,7 +135,7 @@ def draw(table, net, column, path, y_label):
     seeds, name = len({row[1] for row in mine}), dict(lenet="LeNet-300-100", conv="Small conv net")[net]
     lth.line_chart(series, path, f"{name} on MNIST", "weights left (log scale)", y_label,
                    hlines=[("dense", dense, "dashed")], log_x=True,
-                   note=f"Means over {seeds} seed(s), bars: standard deviation. Early-stopped by held-out loss.")
+                   note=f"Means over {seeds} seed(s), bars: standard deviation. Early stop by held-out loss.")
 
 
 def conclude(table):
@@ -164,26 +162,20 @@ def conclude(table):
 
 def main(argv=None):
     """The command line."""
-    parser = Parser(prog="studies.positive_control", description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    study = lth.Study("positive_control", __doc__)
+    add = study.add_argument
     add("--nets", nargs="+", choices=["lenet", "conv"], default=["lenet", "conv"], help="default: both")
     add("--seeds", nargs="+", type=seed_number, default=[0, 1, 2], help="default: 0 1 2")
     add("--steps", type=positive_int, default=4000, help="training steps of a run (default: 4000)")
     add("--rounds", type=positive_int, default=17, help="rounds of -20 %% (default: 17, to 2.3 %%)")
     add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
-    add("--out", default="results", help="folder of positive_control* (default: results)")
-    args = parser.parse_args(argv)
-    command = " ".join(["python -m studies.positive_control", *(sys.argv[1:] if argv is None else argv)])
-    began = time.monotonic()
-    with one_line(parser):
-        writable([args.out], "--out")
+    with study.arguments(argv) as args:
         data, path = load(args.data_dir), os.path.join(args.out, "positive_control")
         controls, table = [r for r in CONTROLS if r < args.rounds] + [args.rounds], []
         for net in args.nets:
             for seed in args.seeds:
                 table += lines(net, seed, data, args.steps, args.rounds, controls)
-                lth.save_table(path, HEADER, table, **lth.provenance(
-                    command, seconds=round(time.monotonic() - began, 1), steps=args.steps, seeds=args.seeds))
+                study.save(path, HEADER, table, steps=args.steps, seeds=args.seeds)
                 print(f"{net}, seed {seed}: done", flush=True)
             draw(table, net, 6, f"{path}_{net}_accuracy.png", "test accuracy")
             draw(table, net, 5, f"{path}_{net}_speed.png", "early stop at step")

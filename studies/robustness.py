@@ -16,16 +16,15 @@ diffusion models more fragile': a ticket whose error grows by a larger factor th
 the controls of its density do not. Factors over each network's own clean error are shown beside the errors,
 since a worse network has less to lose.
 """
+import functools
 import os
-import sys
-import time
 
 import numpy as np
 import torch
 
 import lth_diffusion as lth
 import metrics
-from ddpm import Parser, denoiser, draw_samples, one_line, positive_int, to_float, writable
+from ddpm import denoiser, positive_int, to_float
 
 NOISE = (0.0, 0.1, 0.2, 0.4)  # s, in units of x_t, whose pixels have about unit variance
 BUDGETS = (0.0, 0.02, 0.05, 0.1)
@@ -44,35 +43,35 @@ def held_out(exp, n):
 
 
 def error(predict, x, t, eps):
-    """Mean squared error on eps of every image, (N,)."""
-    return (predict(x, t).float() - eps).square().flatten(1).mean(1)
+    """Mean squared error on eps of every image, (N,); predict is a callable (x, t) -> eps."""
+    return (predict(x, t) - eps).square().flatten(1).mean(1)
 
 
-def fgsm(model, x, t, eps, budget):
+def fgsm(predict, x, t, eps, budget):
     """x moved by budget along the sign of the error's gradient."""
     moved = x.clone().requires_grad_()
-    gradient, = torch.autograd.grad(error(model, moved, t, eps).sum(), moved)
+    gradient, = torch.autograd.grad(error(predict, moved, t, eps).sum(), moved)
     return x + budget * gradient.sign()
 
 
-def pgd(model, x, t, eps, budget, steps=10):
+def pgd(predict, x, t, eps, budget, steps=10):
     """The worst x within the budget that ascent from FGSM's answer finds, image by image."""
-    now = best = fgsm(model, x, t, eps, budget)
-    worst = error(model, best, t, eps).detach()
+    now = best = fgsm(predict, x, t, eps, budget)
+    worst = error(predict, best, t, eps).detach()
     for _ in range(steps):
-        now = fgsm(model, now, t, eps, budget / 4)
+        now = fgsm(predict, now, t, eps, budget / 4)
         now = x + (now - x).clamp(-budget, budget)
-        found = error(model, now, t, eps).detach()
+        found = error(predict, now, t, eps).detach()
         best = torch.where((found > worst)[:, None, None, None], now, best)
         worst = torch.maximum(worst, found)
     return best
 
 
-def attacked(attack, model, batch, budget):
+def attacked(attack, predict, batch, budget):
     """Mean error under an attack, in batches of 100, in float32: gradients through bf16 would be weaker."""
     errors = []
     for x, t, eps in zip(*(v.split(100) for v in batch)):
-        errors.append(error(model, attack(model, x, t, eps, budget), t, eps).detach())
+        errors.append(error(predict, attack(predict, x, t, eps, budget), t, eps).detach())
     return torch.cat(errors).mean().item()
 
 
@@ -80,18 +79,18 @@ def measure(exp, job, args):
     """Pairs (trouble, size, value) of one network."""
     model, _ = exp.rebuild(exp.load(job), "ema")
     model.eval().requires_grad_(False)
+    predict = functools.partial(exp.diffusion.predict, model)
     x, t, eps = batch = held_out(exp, args.images)
     for size in NOISE:
         more = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x.device)
-        predict = denoiser(model, "fp32")
-        yield "noise", size, torch.cat([error(predict, *part) for part in zip(
+        quiet = functools.partial(exp.diffusion.predict, denoiser(model, "fp32"))
+        yield "noise", size, torch.cat([error(quiet, *part) for part in zip(
             (x + size * more).split(250), t.split(250), eps.split(250))]).mean().item()
     for name, attack in (("FGSM", fgsm), ("PGD", pgd)):
         for budget in BUDGETS:
-            yield name, budget, attacked(attack, model, batch, budget)
+            yield name, budget, attacked(attack, predict, batch, budget)
     for scale, shift in STARTS:
-        samples = draw_samples(model, exp.diffusion, scale * exp.x_T(args.samples) + shift, exp.precision,
-                               exp.args.sampler, exp.args.nfe, label=f"{job}: x_T")
+        samples = exp.draw(model, x_T=scale * exp.x_T(args.samples) + shift, label=f"{job}: x_T")
         yield "start", f"{scale:g} x_T {shift:+g}", exp.quality(samples)["fid_domain"]
 
 
@@ -150,22 +149,17 @@ def conclude(table):
 
 def main(argv=None):
     """The command line."""
-    parser = Parser(prog="studies.robustness", description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    study = lth.Study("robustness", __doc__)
+    add = study.add_argument
     add("--from", dest="run", metavar="runs/NAME", help="a finished run (default: a small one on digits)")
     add("--rounds", nargs="+", type=int, help="which rounds (default: 0 and those with controls)")
     add("--images", type=positive_int, default=500, help="held-out images behind an error (default: 500)")
     add("--samples", type=positive_int, default=250, help="samples behind a fid_domain (default: 250)")
-    add("--out", default="results", help="folder of robustness_DATASET.* (default: results)")
-    args = parser.parse_args(argv)
-    command, began = " ".join(["python -m studies.robustness", *(argv or sys.argv[1:])]), time.monotonic()
-    with one_line(parser):
-        writable([args.out], "--out")
+    with study.arguments(argv) as args:
         exp, rows = lth.open_run(args.run)
         table = list(lines(exp, rows, args))
         path = os.path.join(args.out, f"robustness_{exp.args.dataset}")
-        lth.save_table(path, HEADER, table, **lth.provenance(
-            command, exp.device, seconds=round(time.monotonic() - began, 1), times=TIMES))
+        study.save(path, HEADER, table, exp.device, times=TIMES)
         draw(table, path + ".png", f"{exp.args.dataset}, {args.images} held-out images at t of {TIMES}. "
              f"Percentages: weights pruned. Seeds: {len({line[0] for line in table})}.")
     print(f"\n{lth.text_table(HEADER, table)}\n\n{conclude(table)}\n{path}.csv, .json, .png")

@@ -13,11 +13,10 @@ Pareto front when none is better at equal or less work.
 What would change our mind about 'fewer steps are the cheaper way': tickets that fill the front at low work.
 """
 import os
-import sys
 import time
 
 import lth_diffusion as lth
-from ddpm import Parser, draw_samples, one_line, positive_int, writable
+from ddpm import positive_int
 
 STEPS = dict(ddpm=(50, 250), ddim=(5, 10, 20, 50), dpm=(5, 10, 20, 50))  # the ancestral one is lost below 50
 HEADER = ["run", "seed", "round", "arm", "sparsity", "sampler", "evaluations", "GMACs a sample", "s/1000",
@@ -37,13 +36,12 @@ def lines(exp, rows, args):
     name = os.path.basename(os.path.normpath(exp.args.out))
     for job in networks(exp, rows, args):
         model, _ = exp.rebuild(exp.load(job), "ema")
-        x_T = exp.x_T(args.samples)
         for sampler, counts in STEPS.items():
             for steps in counts:
                 began = time.monotonic()
-                samples = draw_samples(model, exp.diffusion, x_T, exp.precision, sampler, steps,
-                                       label=f"{job}: {sampler} {steps}")
-                seconds = 1000 * (time.monotonic() - began) / len(x_T)
+                samples = exp.draw(model, args.samples, sampler=sampler, steps=steps,
+                                   label=f"{job}: {sampler} {steps}")
+                seconds = 1000 * (time.monotonic() - began) / args.samples
                 value = exp.quality(samples)["fid_domain"]
                 yield [name, job.seed, job.round, job.arm, rows[job]["sparsity"], sampler, steps,
                        steps * rows[job]["macs_live"] / 1e9, seconds, value]
@@ -71,17 +69,13 @@ def draw(table, path, note):
 
 def main(argv=None):
     """The command line."""
-    parser = Parser(prog="studies.samplers", description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    study = lth.Study("samplers", __doc__)
+    add = study.add_argument
     add("--from", dest="runs", nargs="+", default=[None], metavar="runs/NAME",
         help="finished runs of one data set (default: a small one on digits)")
     add("--rounds", nargs="+", type=positive_int, help="which tickets (default: those with controls)")
     add("--samples", type=positive_int, default=500, help="samples a setting (default: 500)")
-    add("--out", default="results", help="folder of samplers_DATASET.* (default: results)")
-    args = parser.parse_args(argv)
-    command, began = " ".join(["python -m studies.samplers", *(argv or sys.argv[1:])]), time.monotonic()
-    with one_line(parser):
-        writable([args.out], "--out")
+    with study.arguments(argv) as args:
         found = [lth.open_run(run) for run in args.runs]
         names = {exp.args.dataset for exp, _ in found}
         if len(names) > 1:
@@ -90,8 +84,7 @@ def main(argv=None):
         fronts = zip(on_front(table, 7), on_front(table, 8))
         table = [[*row, *("yes" if front else "" for front in pair)] for row, pair in zip(table, fronts)]
         path = os.path.join(args.out, f"samplers_{names.pop()}")
-        lth.save_table(path, HEADER, table, **lth.provenance(
-            command, found[0][0].device, n=args.samples, seconds=round(time.monotonic() - began, 1)))
+        study.save(path, HEADER, table, found[0][0].device, n=args.samples)
         draw(table, path + ".png", f"n={args.samples:,} samples a figure from the same noise; "
              "percentages: weights pruned.")
     best = [f"{row[3]} {100 * row[4]:.0f} % with {row[5]} {row[6]} ({row[7]:.2f} GMACs, {row[9]:.1f})"

@@ -9,15 +9,13 @@ figure 15 of 1803.03635 as a rate, of each tenth of a layer's |w| at the start, 
 said nothing of the ticket, that rate is the layer's density.
 """
 import os
-import sys
-import time
 
 import numpy as np
 import torch
 
 import lth_diffusion as lth
 import metrics
-from ddpm import Parser, one_line, positive_int, writable
+from ddpm import positive_int
 from prune import density, prunable, unpack_masks
 from unet import UNet
 
@@ -122,21 +120,16 @@ def draw_similarity(tickets, out):
 
 def main(argv=None):
     """The command line; exit code 2 and one line for a mistake of the user's."""
-    parser = Parser(prog="studies.tickets", description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    study = lth.Study("tickets", __doc__)
+    add = study.add_argument
     add("folders", nargs="+", metavar="runs/NAME", help="finished runs of one network")
     add("--round", type=positive_int, help="which round's tickets (default: each run's last)")
-    add("--out", default="results", help="folder of tickets_* (default: results)")
-    args = parser.parse_args(argv)
-    command = " ".join(["python -m studies.tickets", *(sys.argv[1:] if argv is None else argv)])
-    with one_line(parser):
-        writable([args.out], "--out")
-        began, tickets = time.monotonic(), tickets_of(args.folders, args.round)
+    with study.arguments(argv) as args:
+        tickets = tickets_of(args.folders, args.round)
         table, header = draw(tickets, args.out), ["ticket", "other", "same start", "IoU", "by chance"]
         if len(tickets) > 1:
             draw_similarity(tickets, args.out)
-        lth.save_table(os.path.join(args.out, "tickets_overlap"), header, table, **lth.provenance(
-            command, seconds=round(time.monotonic() - began, 1), n=len(tickets)))
+        study.save(os.path.join(args.out, "tickets_overlap"), header, table, n=len(tickets))
     print(lth.text_table(header, table) if table else "one ticket: nothing to compare it with")
 
 

@@ -139,7 +139,36 @@ def test_loss_is_the_mean_squared_error_on_eps():
     assert float(loss) == pytest.approx(float(((0.5 * x_t - noise) ** 2).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("options", [dict(schedule="sigmoid"), dict(T=10), dict(T=20)])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigma"])
+def test_predict_undoes_the_parametrisation(schedule):
+    """A network that says v, or eps, of a known x_0 exactly: loss 0, and the same eps from both."""
+    torch.manual_seed(0)
+    x0, noise = torch.rand(6, 1, 4, 4) * 2 - 1, torch.randn(6, 1, 4, 4)
+    for prediction in ("eps", "v"):
+        diffusion = Diffusion(schedule=schedule, prediction=prediction)
+        t = torch.linspace(0, diffusion.T - 1, 6).long()
+        abar = diffusion.alphas_bar[t].float()[:, None, None, None]
+        truth = noise if prediction == "eps" else abar.sqrt() * noise - (1 - abar).sqrt() * x0
+        network = lambda x, t: truth
+        assert diffusion.loss(network, x0, t, noise).item() < 1e-12
+        assert diffusion.loss(lambda x, t: truth + 1, x0, t, noise).item() == pytest.approx(1, rel=1e-6)
+        eps = diffusion.predict(network, diffusion.q_sample(x0, t, noise), t)
+        torch.testing.assert_close(eps, noise, atol=1e-5, rtol=0)
+
+
+def test_sigma_schedule():
+    """Noise levels from 0.01 to 50, evenly in their logarithm (2011.13456); its clock ends at 1000."""
+    diffusion = Diffusion(schedule="sigma")
+    sigma = (1 / diffusion.alphas_bar - 1).sqrt()
+    assert diffusion.T == 1_000_000 and diffusion.clock(torch.tensor([500_000])).item() == 500
+    assert sigma[[0, -1]].tolist() == pytest.approx([0.01, 50], rel=1e-6)
+    ratio = sigma[1:] / sigma[:-1]
+    assert ratio.min() > 1 and ratio.max() - ratio.min() < 1e-6
+    x = sample(lambda x, t: x, diffusion, torch.ones(2, 1, 2, 2), "ddim", 50)
+    assert x.shape == (2, 1, 2, 2) and bool(x.isfinite().all())
+
+
+@pytest.mark.parametrize("options", [dict(schedule="sigmoid"), dict(prediction="x"), dict(T=10), dict(T=20)])
 def test_bad_schedules_raise(options):
     with pytest.raises(ValueError) as caught:
         Diffusion(**options)

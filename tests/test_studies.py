@@ -69,22 +69,6 @@ def test_parity_race_counts_ratios_and_calls():
 
 # --- methods, tickets: real runs, as small as they can be
 
-SMALL = "--rounds 2 --steps 16 --batch 8 --samples 16 --nfe 2 --control-rounds 1 2".split()
-
-
-@pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    """A folder in which studies.methods has compared imp, oneshot and random, random also at equal cost."""
-    folder = tmp_path_factory.mktemp("methods")
-    with pytest.MonkeyPatch.context() as patch:  # seconds, not minutes
-        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-        patch.setattr(lth, "draw_everything", lambda *_: None)
-        patch.setattr(lth, "announce", lambda *_: collections.defaultdict(float))
-        methods.main([*SMALL, "--only", "oneshot", "random", "--longer", "random", "--runs",
-                      str(folder / "runs"), "--results", str(folder)])
-    return folder
-
-
 def test_methods_table(compared):
     with open(compared / "methods_digits.csv") as file:
         rows = list(csv.DictReader(file))
