@@ -13,7 +13,8 @@ import torch
 import lth_diffusion as lth
 from ddpm import load_images
 from prune import dense_masks, live_counts, prune_magnitude
-from studies import methods, parity, positive_control, robustness, samplers, speed, tickets
+from studies import (methods, parity, positive_control, robustness, samplers, scaling, speed,
+                     tickets)
 from unet import UNet
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -196,3 +197,24 @@ def test_positive_control(monkeypatch, capsys, tmp_path):
         assert float(net[0]["test accuracy"]) > 0.8
         assert len({row["weights left"] for row in net[3:6]}) == 1
     assert "lenet, 51.3 % of the weights, n=1 seeds" in capsys.readouterr().out
+
+
+# --- how costs grow
+
+def test_scaling(monkeypatch, tmp_path):
+    for name, sizes in dict(BASES=(8, 16), IMAGES=(50, 100), BATCHES=(2, 4), ROUNDS=(1, 2)).items():
+        monkeypatch.setattr(scaling, name, sizes)
+    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+    monkeypatch.setattr(lth, "draw_everything", lambda *_: None)
+    scaling.main(["--turns", "1", "--device", "cpu", "--out", str(tmp_path)])
+    with open(tmp_path / "scaling.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 7 and all(float(row["seconds"]) > 0 for row in rows)
+    with open(tmp_path / "scaling_exponents.csv") as file:
+        assert len(list(csv.DictReader(file))) == 7
+
+
+def test_exponents_by_hand():
+    table = [["a", "n", n, 3 * n ** 1.5, 2.0 * n] for n in (1, 2, 4, 8)]
+    (_, _, exponent, error, memory), = scaling.exponents(table)
+    assert (exponent, memory) == pytest.approx((1.5, 1)) and error < 1e-9
