@@ -160,7 +160,7 @@ def draw(table, path, note):
             groups = [[row for row in mine if row[4] == side] for side in sides]  # a row a seed
             y = np.array([np.mean([100 * row[k] for row in group]) for group in groups])
             half = np.array([np.mean([50 * (row[10] - row[9]) for row in group]) for group in groups])
-            bars = dict(y_low=y - half, y_high=y + half) if k == 6 else {}
+            bars = dict(y_low=np.maximum(y - half, 0), y_high=y + half) if k == 7 else {}
             series.append(dict(label=label, x=sides, y=y, style=style, **bars))
     lth.line_chart(series, path, "How much of x_T decides the class?", "side of the transplanted block, in "
                    "pixels", "recipients that become of the donor's class, %", note=note)
@@ -196,7 +196,7 @@ def main(argv=None):
             study.save(path, HEADER, table, exp.device, nfe=args.nfe, recipients=args.recipients)
         draw(table, path + ".png", f"{exp.args.dataset}, DDIM with {args.nfe} evaluations; up to "
              f"{args.donors} donors with {args.recipients} recipients each, {len(dense)} seed(s). "
-             "Percentages: weights pruned. Bars: 90 % intervals over donors, of the difference from chance.")
+             "Percentages: weights pruned. Bars: 90 % intervals of the two lines' difference, over donors.")
     print(f"\n{lth.text_table(HEADER, table)}\n\n{conclude(table)}\n{path}.csv, .json, .png")
 
 
