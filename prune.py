@@ -42,6 +42,16 @@ def density(masks):
     return sum(live_counts(masks).values()) / sum(mask.numel() for mask in masks.values())
 
 
+def overlap(a, b):
+    """(IoU of two tickets' masks over the layers of `a`, that of random masks of the same layer densities)."""
+    both, by_chance, either = 0, 0.0, 0
+    for name, mask in a.items():
+        live, others = int(mask.sum()), int(b[name].sum())
+        both, either = both + int((mask & b[name]).sum()), either + live + others
+        by_chance += live * others / mask.numel()
+    return both / (either - both), by_chance / (either - by_chance)
+
+
 # ------------------------------------------------------------------------------------- choosing what to cut
 
 def prune_magnitude(model, masks, fraction, scope="global", layer_fractions=None):

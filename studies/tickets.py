@@ -16,7 +16,7 @@ import torch
 import lth_diffusion as lth
 import metrics
 from ddpm import positive_int
-from prune import density, prunable, unpack_masks
+from prune import density, overlap, prunable, unpack_masks
 from unet import UNet
 
 TENTHS = 10
@@ -52,16 +52,6 @@ def tickets_of(folders, round):
     if len(shapes) > 1:
         raise OSError("these runs are of different networks: name runs of one --preset and image size")
     return found
-
-
-def overlap(a, b):
-    """(IoU of two tickets' masks, what random masks of the same layer densities have on average)."""
-    both, by_chance, either = 0, 0.0, 0
-    for name, mask in a.items():
-        live, others = int(mask.sum()), int(b[name].sum())
-        both, either = both + int((mask & b[name]).sum()), either + live + others
-        by_chance += live * others / mask.numel()
-    return both / (either - both), by_chance / (either - by_chance)
 
 
 def survival(masks, start):
