@@ -491,7 +491,8 @@ class Experiment:
         if masks is not None:
             apply_masks(model, masks)
         options = self.options(Job(seed, 0, "rewind"), label=name, start=self.k) | changed
-        key, path = f"{options} from {metrics.weights_hash(model)}", f"{self.args.out}/studies/{name}.pt"
+        path = f"{self.args.out}/studies/{name}.pt"
+        key = f"{options} {metrics.weights_hash(model)} {masks and masks_hash(masks)}"
         if os.path.exists(path):
             state = load_state(path, ("key", "model", "ema"))
             if state["key"] == key:
@@ -593,12 +594,17 @@ def wait_for_all():
     any_rank(False)
 
 
+def masks_hash(masks):
+    """SHA-256 of all bits of masks."""
+    bits = b"".join(value.numpy().tobytes() for value in pack_masks(masks).values())
+    return hashlib.sha256(bits).hexdigest()
+
+
 def same_on_all_ranks(masks):
     """RuntimeError when the ranks have come to different masks."""
     found = [None] * ranks()[1]
     if masks is not None and len(found) > 1:
-        bits = b"".join(value.numpy().tobytes() for value in pack_masks(masks).values())
-        dist.all_gather_object(found, hashlib.sha256(bits).hexdigest())
+        dist.all_gather_object(found, masks_hash(masks))
         if len(set(found)) > 1:
             raise RuntimeError("the ranks have come to different masks: they do not share one --out folder")
 
