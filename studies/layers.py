@@ -242,8 +242,10 @@ def conclude(summary):
     for quantity in ("CKA", "1 - R2"):
         value, low, high, _ = rows[f"slope of {quantity}", "ticket, two orders"]
         way = "falls" if high < 0 else "rises" if low > 0 else "shows no slope"
+        nulls = ", ".join(f"{name} {rows[key][0]:+.3f}" for name in (
+            "ticket, new weights", "ticket, other seed") if (key := (f"slope of {quantity}", name)) in rows)
         said.append(f"{quantity} of two tickets of one theta_k {way} with depth ({value:+.3f}, 95 % interval "
-                    f"{low:+.3f} to {high:+.3f})")
+                    f"{low:+.3f} to {high:+.3f}; the nulls' slopes: {nulls or 'none to be had'})")
     for pair in (f"{scope} - {other}" for scope, other in AGAINST):
         if ("fid_domain", pair) in rows:
             value, low, high, _ = rows["fid_domain", pair]
@@ -283,6 +285,8 @@ def main(argv=None):
         exp, rows = lth.open_run(args.run)
         seeds, table = args.seeds or list(dict.fromkeys(job.seed for job in rows)), []
         check(exp, rows, seeds)
+        if args.images < 2:
+            raise ValueError("argument --images: one half fits, the other measures; give 2 at least")
         path = os.path.join(args.out, f"layers_{exp.args.dataset}")
         facts = dict(seeds=seeds, times=TIMES, images=args.images, run=exp.args.out)
         for k, seed in enumerate(seeds):
