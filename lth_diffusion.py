@@ -429,16 +429,16 @@ class Experiment:
             began = time.monotonic()
             samples = self.draw(model, label=f"{job}: sample")
             seconds = time.monotonic() - began
-        if ranks()[0]:  # the rest is rank 0's
-            return None, None
         macs = metrics.count_macs(model, torch.zeros(1, *shape, device=self.device),
                                   torch.zeros(1, dtype=torch.int64, device=self.device), masks)
-        ticket = job.path(a.out, ".ticket")
-        with atomic(ticket) as temporary:
-            save_ticket(temporary, model, masks)
+        ticket, first = job.path(a.out, ".ticket"), ranks()[0] == 0
+        if first:
+            with atomic(ticket) as temporary:
+                save_ticket(temporary, model, masks)
         return samples[:16], self.quality(samples) | dict(
             n_samples=a.samples, val_loss=self.val_loss(model), macs_dense=sum(d for d, _ in macs.values()),
-            macs_live=sum(live for _, live in macs.values()), ticket_bytes=os.path.getsize(ticket),
+            macs_live=sum(live for _, live in macs.values()),
+            ticket_bytes=os.path.getsize(ticket) if first else None,
             seconds_per_1000=1000 * seconds / a.samples, sample_memory=memory.bytes)
 
     def draw(self, model, n=None, x_T=None, **changed):
@@ -450,8 +450,9 @@ class Experiment:
 
     def quality(self, samples):
         """The quality columns of uint8 samples: those in the domain classifier's features end in _domain."""
-        return {column + name: value for name, (model, reference, real, _) in self.rulers.items()
-                for column, value in metrics.quality(model, samples, real, reference).items()}
+        measured = {name: metrics.quality(model, samples, real, reference, shared_features)
+                    for name, (model, reference, real, _) in self.rulers.items()}
+        return {column + name: value for name, columns in measured.items() for column, value in columns.items()}
 
     def x_T(self, n):
         """The starting noise (n, C, H, W) that every model is sampled from."""
@@ -463,8 +464,9 @@ class Experiment:
         x0 = as_input(self.test[:VAL_IMAGES])
         t = torch.linspace(0, self.diffusion.T - 1, len(x0)).round().long()
         noise = torch.randn(x0.shape, generator=generator)
-        parts = zip(*(v.to(self.device).split(250) for v in (x0, t, noise)))
-        return sum(self.diffusion.loss(predict, *part).item() * len(part[0]) for part in parts) / len(x0)
+        parts, (rank, world) = list(zip(*(v.to(self.device).split(250) for v in (x0, t, noise)))), ranks()
+        return over_ranks(sum(self.diffusion.loss(predict, *part).item() * len(part[0])
+                              for part in parts[rank::world])) / len(x0)
 
     def spent(self, job, steps, macs_dense, macs_live):
         """What it took to get here, the runs before included: training steps, and MACs at 3 live network
@@ -506,14 +508,12 @@ class Experiment:
         return ema
 
     def run(self, job, guard):
-        """Do one job from start to its saved state; return its row of the table (None but on rank 0)."""
+        """Do one job from start to its saved state; return its row of the table."""
         with metrics.PeakMemory(self.device) as memory:
             model, ema, masks, done = self.train(job, guard)
         live = sum(live_counts(masks).values())
         total = sum(p.numel() for p in prunable(self.new_model(0)).values())
         pictures, measured = self.evaluate(job, ema, masks)
-        if measured is None:
-            return None
         row = dict(seed=job.seed, round=job.round, arm=job.arm, sparsity=1 - live / total, live_weights=live,
                    total_weights=total, train_loss=done["losses"][-1][1], train_seconds=done["seconds"],
                    train_memory=memory.bytes, steps=done["steps"])
@@ -580,13 +580,29 @@ def join_ranks():
         sys.stdout = open(os.devnull, "w")
 
 
+def over_ranks(value):
+    """The sum of a number over all ranks."""
+    if ranks()[1] == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
 def any_rank(flag):
     """Whether the flag is up on any rank."""
-    if ranks()[1] == 1:
-        return flag
-    raised = torch.tensor(float(flag))
-    dist.all_reduce(raised, dist.ReduceOp.MAX)
-    return bool(raised)
+    return over_ranks(float(flag)) > 0
+
+
+def shared_features(model, images, logits=True):
+    """metrics.features, of which every rank computes a share and has the whole."""
+    rank, world = ranks()
+    shares = [None] * world
+    mine = metrics.features(model, images.tensor_split(world)[rank], logits=True)
+    if world == 1:
+        return mine
+    dist.all_gather_object(shares, mine)
+    return tuple(torch.cat(parts) for parts in zip(*shares))
 
 
 def wait_for_all():
@@ -941,10 +957,10 @@ def run(args, parser, experiment=Experiment):
         if os.path.exists(partial):
             step = load_state(partial, PARTIAL)["step"]
             print(f"going on with {job} at step {step} of {args.steps}", flush=True)
-        row = exp.run(job, guard)
+        row = rows[job] = exp.run(job, guard)
         wait_for_all()
-        row = rows[job] = row or exp.load(job)["row"]
         if not first:
+            rows[job] = exp.load(job)["row"]  # with rank 0's seconds
             continue
         remove(partial)
         write_results(args, rows)

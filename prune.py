@@ -43,7 +43,7 @@ def density(masks):
 
 
 def overlap(a, b):
-    """(IoU of two tickets' masks over the layers of `a`, that of random masks of the same layer densities)."""
+    """(IoU of two masks over the layers of `a`, that of random masks of the same layer densities)."""
     both, by_chance, either = 0, 0.0, 0
     for name, mask in a.items():
         live, others = int(mask.sum()), int(b[name].sum())
