@@ -486,10 +486,10 @@ class Experiment:
             steps, macs = steps + similar, macs + 3 * macs_dense * self.args.batch * similar
         return dict(train_steps_total=before["train_steps_total"] + steps, train_macs_total=round(macs))
 
-    def fit(self, name, seed, model, masks=None, **changed):
+    def fit(self, name, seed, model, masks=None, /, **changed):
         """For the studies: train a model, in place, as an arm of this seed is trained on from step k, and
-        return its EMA. The end is kept in the run's folder, and taken from there when all that went into it
-        is the same."""
+        return its EMA. changed: options of ddpm.train, such as seed, the order of the data. The end is kept
+        in the run's folder, and taken from there when all that went into it is the same."""
         if masks is not None:
             apply_masks(model, masks)
         options = self.options(Job(seed, 0, "rewind"), label=name, start=self.k) | changed
@@ -925,7 +925,7 @@ def write_config(exp, settings):
     path, precision = os.path.join(exp.args.out, "config.json"), exp.precision
     source = provenance(
         " ".join(sys.argv), exp.device, precision=precision, ranks=ranks()[1], margin=MARGIN,
-        primary_metric="fid_domain", floor=exp.floor, floor_n=len(exp.real),
+        experiment=type(exp).__name__, primary_metric="fid_domain", floor=exp.floor, floor_n=len(exp.real),
         data_hash=metrics.images_hash(exp.images), classifier_hash=metrics.weights_hash(exp.classifier))
     if os.path.exists(path):
         then = read_config(exp.args.out)
@@ -999,7 +999,9 @@ def open_run(out=None):
         if not there or read_config(out)["args"]["rounds"] == args.rounds:
             with alone_in(out):
                 run(args, parser)
-    settings = read_config(out)["args"]
+    settings, made_by = read_config(out)["args"], read_config(out).get("experiment", "Experiment")
+    if made_by != "Experiment":  # its images are others, latents say
+        raise OSError(f"{out} was made by a {made_by}, which only its own study reads: name another run")
     args, _ = parse_args(["--dataset", settings["dataset"]])  # the flags that an older run did not know
     args = argparse.Namespace(**vars(args) | settings | dict(out=out))
     rows = read_rows(args)
@@ -1016,11 +1018,14 @@ class Study(Parser):
         self.add_argument("--out", default="results", help=f"folder of {name}* (default: results)")
 
     @contextlib.contextmanager
-    def arguments(self, argv=None):
-        """The flags, for a block in which a mistake ends in one line."""
+    def arguments(self, argv=None, rest=False):
+        """The flags, for a block in which a mistake ends in one line. rest: flags that the study does not
+        know are no mistake but args.rest, meant for lth_diffusion.py."""
         argv = sys.argv[1:] if argv is None else argv
         self.command, self.began = " ".join([f"python -m {self.prog}", *argv]), time.monotonic()
-        args = self.parse_args(argv)
+        args, args.rest = self.parse_known_args(argv)
+        if args.rest and not rest:
+            self.error(f"unrecognized arguments: {' '.join(args.rest)}")
         with one_line(self):
             writable([args.out], "--out")
             yield args
