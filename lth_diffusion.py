@@ -452,7 +452,7 @@ class Experiment:
         """The quality columns of uint8 samples: those in the domain classifier's features end in _domain."""
         measured = {name: metrics.quality(model, samples, real, reference, shared_features)
                     for name, (model, reference, real, _) in self.rulers.items()}
-        return {column + name: value for name, columns in measured.items() for column, value in columns.items()}
+        return {key + name: value for name, columns in measured.items() for key, value in columns.items()}
 
     def x_T(self, n):
         """The starting noise (n, C, H, W) that every model is sampled from."""
