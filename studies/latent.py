@@ -26,10 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import lth_diffusion as lth
 import metrics
-from ddpm import check_finite, learning_rate, positive_int, to_float, to_uint8
+from ddpm import check_finite, learning_rate, positive_int, seed_number, to_float, to_uint8
 
 STEPS, BATCH, LR, WIDTH = 1500, 64, 2e-3, 32  # of the autoencoder: about a minute on two cores
 NOISE = 0.1  # on the code, which has unit variance: small against it, large against 8-bit steps
@@ -58,7 +59,7 @@ class Autoencoder(nn.Module):
         """Train on uint8 images (N, C, H, W) by the squared error of what comes back."""
         generator = torch.Generator().manual_seed(0)
         optimizer = torch.optim.Adam(self.parameters(), LR)
-        for step in range(STEPS):
+        for step in tqdm(range(STEPS), desc="autoencoder", unit="step", leave=False, disable=None):
             optimizer.param_groups[0]["lr"] = learning_rate(step, STEPS, LR, "cosine", STEPS // 20)
             x = to_float(images[torch.randint(len(images), (BATCH,), generator=generator).to(images.device)])
             code = self.encoder(x)
@@ -67,9 +68,6 @@ class Autoencoder(nn.Module):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step % 100 == 0:
-                print(f"\rautoencoder: step {step} of {STEPS}, error {loss.item():.4f}", end="", flush=True)
-        print()
         check_finite(self, STEPS, "autoencoder")
 
     @torch.no_grad()
@@ -144,7 +142,10 @@ class LatentExperiment(lth.Experiment):
 def latent_run(exp, args, parser):
     """(LatentExperiment, rows): the run on latents with the flags of a run in pixels."""
     out = args.runs or os.path.join("runs", f"latent_{os.path.basename(os.path.normpath(exp.args.out))}")
-    settings = argparse.Namespace(**vars(exp.args) | dict(out=out, code=args.code))
+    seeds = args.seeds or exp.args.seeds
+    if absent := set(seeds) - set(exp.args.seeds):
+        raise ValueError(f"argument --seeds: {min(absent)} is not among the run's, {exp.args.seeds}")
+    settings = argparse.Namespace(**vars(exp.args) | dict(out=out, code=args.code, seeds=seeds))
     os.makedirs(out, exist_ok=True)
     with lth.alone_in(out):
         return lth.run(settings, parser, experiment=LatentExperiment)
@@ -234,6 +235,7 @@ def main(argv=None):
     study = lth.Study("latent", __doc__)
     add = study.add_argument
     add("--from", dest="run", metavar="runs/NAME", help="a finished run in pixels (default: one on digits)")
+    add("--seeds", nargs="+", type=seed_number, help="which of the run's (default: all)")
     add("--code", type=positive_int, default=1, help="channels of a latent pixel (default: 1)")
     add("--runs", metavar="FOLDER", help="of the run on latents (default: runs/latent_NAME)")
     with study.arguments(argv) as args:
