@@ -663,6 +663,28 @@ def t_test(differences, alpha):
     return p, (mean, mean - half, mean + half)
 
 
+def over_seeds(values, alpha=0.05):
+    """(mean, low, high) at 1 - 2 alpha of one value a seed; low and high are None below three: no verdict."""
+    values = np.array(values, float)
+    return t_test(values, alpha)[1] if len(values) > 2 else (float(values.mean()), None, None)
+
+
+def deviation(values):
+    """Standard deviation over seeds; None of one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def slope(values):
+    """(slope, its standard error) of a straight line through values in the order of the blocks, from place 0,
+    the first, to 1, the last; what is NaN is left out."""
+    place, values = np.linspace(0, 1, len(values)), np.array(values, float)
+    known = np.isfinite(values)
+    if known.sum() < 3:
+        return math.nan, math.nan
+    line = stats.linregress(place[known], values[known])
+    return float(line.slope), float(line.stderr)
+
+
 def verdicts(tables, **options):
     """dict sparsity -> table (see verdict) to dict sparsity -> Verdict, with Holm's p across sparsities. One
     without a verdict, for a diverged run say, stays in the family with p = 1: losing it must not help."""

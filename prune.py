@@ -224,6 +224,16 @@ def blocks_of(model):
     return owner
 
 
+def density_by_block(model, live):
+    """{residual block: live weights over all} from {name: live weights}, of this model or of what is left of
+    it when its channels have been cut."""
+    left, size = {}, {}
+    for name, block in blocks_of(model).items():
+        left[block] = left.get(block, 0) + live[name]
+        size[block] = size.get(block, 0) + prunable(model)[name].numel()
+    return {block: left[block] / size[block] for block in size}
+
+
 def ramp_rates(model, p=0.2, q=0.01):
     """layer_fractions that grow with depth: block j of J loses (p + j q) a round (2310.18823, algorithm 1).
 

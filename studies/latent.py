@@ -161,18 +161,13 @@ def ratios(rows):
     return found
 
 
-def spread(values):
-    """Standard deviation over seeds; None of one."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
 def lines(space, rows, seeds):
     """Rows of HEADER of one space: means over the seeds that both have."""
     for (arm, round), values in ratios(rows).items():
         if some := [seed for seed in seeds if seed in values]:
             row, (fid, over) = rows[lth.Job(some[0], round, arm)], zip(*(values[seed] for seed in some))
-            yield [space, ARMS[arm], row["sparsity"], len(some), float(np.mean(fid)), spread(fid),
-                   float(np.mean(over)), spread(over), row["macs_live"] / 1e6]
+            yield [space, ARMS[arm], row["sparsity"], len(some), float(np.mean(fid)), metrics.deviation(fid),
+                   float(np.mean(over)), metrics.deviation(over), row["macs_live"] / 1e6]
 
 
 def draw(table, path, note):
@@ -224,10 +219,8 @@ def conclude(pixel, latent, seeds):
 
 def interval(differences, what=""):
     """ [low, high] of the mean of paired differences at 90 %; nothing below three seeds."""
-    if len(differences) < 3:
-        return ""
-    _, (_, low, high) = metrics.t_test(differences, 0.05)
-    return f" ({what}difference {low:+.2f} to {high:+.2f})"
+    _, low, high = metrics.over_seeds(differences)
+    return "" if low is None else f" ({what}difference {low:+.2f} to {high:+.2f})"
 
 
 def main(argv=None):

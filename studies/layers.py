@@ -34,7 +34,7 @@ from scipy import stats
 import lth_diffusion as lth
 import metrics
 from ddpm import as_input, positive_int, seed_number
-from prune import blocks_of, prunable
+from prune import density_by_block, live_counts, prunable
 from studies import methods
 from unet import ResBlock
 
@@ -129,15 +129,6 @@ def reconstruction(exp, a, b, images):
 
 # --------------------------------------------------------------------------------------------- 2 survivors
 
-def density_by_block(model, masks):
-    """{block: live weights over all}."""
-    live, total = {}, {}
-    for name, block in blocks_of(model).items():
-        live[block] = live.get(block, 0) + int(masks[name].sum())
-        total[block] = total.get(block, 0) + masks[name].numel()
-    return {block: live[block] / total[block] for block in total}
-
-
 def began_larger(mask, start):
     """Chance that a random survivor began larger than a random pruned weight, ties a half; NaN without both
     kinds, or where all weights begin at 0."""
@@ -183,7 +174,8 @@ def run_scope(exp, rows, scope, seeds, runs):
         for column in ("fid_domain", "val_loss", "sparsity"):
             yield [seed, column, scope, "", state["row"][column]]
         if scope != a.scope:
-            for block, value in density_by_block(*exp.rebuild(state)).items():
+            model, masks = exp.rebuild(state)
+            for block, value in density_by_block(model, live_counts(masks)).items():
                 yield [seed, "density", scope, block, value]
 
 
@@ -198,22 +190,16 @@ def curves(table, quantity):
     return found
 
 
-def slope(values):
-    """(slope over place from 0 to 1, low, high at 95 %) of values in the order of the blocks; NaN below 3."""
-    y = np.array(values, float)
-    x, known = np.linspace(0, 1, len(y)), np.isfinite(y)
-    if known.sum() < 3:
-        return (float("nan"),) * 3
-    line = stats.linregress(x[known], y[known])
-    half = float(line.stderr * stats.t.ppf(0.975, known.sum() - 2))
-    return float(line.slope), float(line.slope) - half, float(line.slope) + half
+def line_of(values):
+    """(slope over place from 0 to 1, low, high) at 95 % over the blocks."""
+    value, error = metrics.slope(values)
+    half = error * float(stats.t.ppf(0.975, max(1, int(np.isfinite(values).sum()) - 2)))
+    return value, value - half, value + half
 
 
 def over_seeds(values):
     """(mean, low, high at 95 %, "seeds") of a number a seed; no interval below three."""
-    if len(values) < 3:
-        return float(np.mean(values)), None, None, ""
-    return *metrics.t_test(np.array(values, float), 0.025)[1], "seeds"
+    return *metrics.over_seeds(values, 0.025), "seeds" if len(values) > 2 else ""
 
 
 def summarise(table):
@@ -224,8 +210,8 @@ def summarise(table):
                  for pair, by_seed in found.items()}  # (seeds, blocks) each
         for pair, grid in grids.items():
             if quantity in ("CKA", "1 - R2", "density"):
-                ends = (over_seeds([slope(values)[0] for values in grid]) if len(grid) > 2 else
-                        (*slope(grid.mean(0)), "blocks"))
+                ends = (over_seeds([metrics.slope(values)[0] for values in grid]) if len(grid) > 2 else
+                        (*line_of(grid.mean(0)), "blocks"))
                 yield [f"slope of {quantity}", pair, len(grid), *ends]
             if quantity != "density":  # blocks differ in size: their mean density is not the ticket's
                 yield [quantity, pair, len(grid), *over_seeds(np.nanmean(grid, 1))]
@@ -298,7 +284,7 @@ def main(argv=None):
                 for quantity, values in found.items():
                     table += [[seed, quantity, pair, *item] for item in values.items()]
             model, masks = finished(exp, rows, seed, "rewind")
-            density = density_by_block(model, masks)
+            density = density_by_block(model, live_counts(masks))
             table += [[seed, "density", exp.args.scope, *item] for item in density.items()]
             table += [[seed, *row] for row in survivors(exp, seed, masks)]
             study.save(path, HEADER, table, exp.device, **facts)

@@ -19,6 +19,7 @@ import time
 import numpy as np
 
 import lth_diffusion as lth
+import metrics
 from ddpm import Parser, one_line, seed_number, writable
 
 METHODS = {  # name -> flags of lth_diffusion.py; the first is what the others are compared with
@@ -81,7 +82,7 @@ def lines(name, rows):
     for (label, _), group in groups.items():
         def mean(column):
             return float(np.mean([row[column] for row in group]))
-        spread = np.std([row["fid_domain"] for row in group], ddof=1) if len(group) > 1 else None
+        spread = metrics.deviation([row["fid_domain"] for row in group])
         yield [label, f"{100 * group[0]['sparsity']:.1f} %", group[0]["live_weights"], len(group),
                mean("fid_domain"), spread, mean("val_loss"), round(mean("train_steps_total")),
                mean("train_macs_total") / 1e12, mean("macs_live") / 1e6, mean("seconds_per_1000")]

@@ -153,7 +153,7 @@ def means(rows, key, value):
 
 def over_seeds(values):
     """Mean of one value a seed, and its 90 % interval where there are three."""
-    mean, low, high = metrics.t_test(values, 0.05)[1] if len(values) > 2 else (values.mean(), None, None)
+    mean, low, high = metrics.over_seeds(values)
     return f"{mean:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
 
 

@@ -122,8 +122,7 @@ def differences(table):
                 found[name] = gaps(table, name, other, column)
                 found[f"{name}, less {first}"] = found[name] - base
             for label, gap in found.items():
-                ends = metrics.t_test(gap, 0.025)[1][1:] if len(gap) > 2 else (None, None)
-                yield [label, f"ticket - {other}", HEADER[column], len(gap), float(gap.mean()), *ends]
+                yield [label, f"ticket - {other}", HEADER[column], len(gap), *metrics.over_seeds(gap, 0.025)]
 
 
 def conclude(table):

@@ -30,11 +30,10 @@ slope of CKA that is not below 0 or no further below it than that of the null.
 import os
 
 import numpy as np
-from scipy.stats import linregress
 
 import lth_diffusion as lth
 import metrics
-from prune import blocks_of, live_counts, prunable
+from prune import density_by_block, live_counts
 
 FLAGS = ["--rounds", "2", "--final-sparsity", "0.9"]  # those of lth.open_run, unless the user gives --rounds
 VARIANTS = {name: ["--schedule", name.split("/")[0], "--prediction", name.split("/")[1]]
@@ -99,22 +98,12 @@ def networks(exp, seeds):
     return found
 
 
-def block_density(exp, job):
-    """{residual block: live share of its convolutions' and linear weights} of a job's ticket."""
-    whole, _ = exp.rebuild(exp.load(lth.Job(job.seed, 0, "dense")))
-    live = live_counts(exp.rebuild(exp.load(job))[1])
-    left, size = {}, {}
-    for name, block in blocks_of(whole).items():
-        left[block] = left.get(block, 0) + live[name]
-        size[block] = size.get(block, 0) + prunable(whole)[name].numel()
-    return {block: left[block] / size[block] for block in size}
-
-
 def block_lines(name, exp, found):
     """Rows of BLOCKS of one variant."""
     for seed, (twin, probe, other) in found.items():
         alike, null = lth.block_similarity(twin, probe), lth.block_similarity(twin, other)
-        density = block_density(exp, lth.Job(seed, exp.args.rounds, "rewind"))
+        _, masks = exp.rebuild(exp.load(lth.Job(seed, exp.args.rounds, "rewind")))
+        density = density_by_block(twin, live_counts(masks))
         yield from ([name, seed, block, alike[block], null[block], density[block]] for block in density)
 
 
@@ -128,23 +117,10 @@ def arm_lines(name, rows, last):
         if arm in arms:  # no twin where tickets are rewound to step 0
             values = np.array([row["fid_domain"] for row in arms[arm].values()])
             less = np.array([arms["rewind"][seed]["fid_domain"] for seed in arms[arm]]) - values
-            ends = metrics.t_test(less, 0.05)[1][1:] if len(less) > 2 else (None, None)
+            gap = metrics.over_seeds(less)
             yield [name, label, next(iter(arms[arm].values()))["sparsity"], len(values), float(values.mean()),
-                   spread(values), *((None,) * 3 if arm == "rewind" else (float(less.mean()), *ends)),
+                   metrics.deviation(values), *((None,) * 3 if arm == "rewind" else gap),
                    float(np.mean([row["val_loss"] for row in arms[arm].values()]))]
-
-
-def spread(values):
-    """Standard deviation over seeds; None of one."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def slope(values):
-    """(slope, its standard error) of values against depth, which goes from 0, the first block, to 1."""
-    depth, values = np.linspace(0, 1, len(values)), np.array(values, float)
-    known = np.isfinite(values)  # CKA is not where all rows of a layer are alike
-    fitted = linregress(depth[known], values[known])
-    return float(fitted.slope), float(fitted.stderr)
 
 
 def slope_lines(table):
@@ -154,8 +130,8 @@ def slope_lines(table):
         seeds = list(dict.fromkeys(row[1] for row in mine))
         for column in (3, 4, 5):
             each = np.array([[row[column] for row in mine if row[1] == seed] for seed in seeds])  # (seeds, J)
-            value, error = slope(each.mean(0))
-            yield [name, BLOCKS[column], len(seeds), value, error, spread([slope(one)[0] for one in each])]
+            spread = metrics.deviation([metrics.slope(one)[0] for one in each])
+            yield [name, BLOCKS[column], len(seeds), *metrics.slope(each.mean(0)), spread]
 
 
 def draw(table, blocks, path, note):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lth_diffusion as lth
-from prune import dense_masks, live_counts, prune_magnitude
+from prune import dense_masks, density_by_block, live_counts, prune_magnitude
 from studies import layers
 from unet import UNet
 
@@ -92,9 +92,9 @@ def test_began_larger_by_hand():
 
 
 def test_slope_and_intervals_by_hand():
-    value, low, high = layers.slope([1, 2, 3, 4])
+    value, low, high = layers.line_of([1, 2, 3, 4])
     assert value == pytest.approx(3) and low == pytest.approx(3) == pytest.approx(high)
-    value, low, high = layers.slope([0, 1, float("nan"), 0, 1])  # x = 0, 1/4, 3/4, 1: Sxy 1/4, Sxx 5/8
+    value, low, high = layers.line_of([0, 1, float("nan"), 0, 1])  # x = 0, 1/4, 3/4, 1: Sxy 1/4, Sxx 5/8
     assert value == pytest.approx(0.4) and low < 0 < high
     assert layers.over_seeds([1.0, 2.0]) == (1.5, None, None, "")
     mean, low, high, _ = layers.over_seeds([1.0, 2.0, 3.0])  # t(0.975, 2) = 4.3027, error 1 / sqrt(3)
@@ -111,8 +111,9 @@ def test_summary_pairs_scopes_by_seed():
 def test_density_by_block_counts_every_weight():
     model = UNet(base=16, mults=(1,), patch=4)
     masks = prune_magnitude(model, dense_masks(model), 0.5, "layer")
-    assert set(layers.density_by_block(model, dense_masks(model)).values()) == {1.0}
-    assert list(layers.density_by_block(model, masks).values()) == pytest.approx([0.5] * BLOCKS, abs=1e-3)
+    assert set(density_by_block(model, live_counts(dense_masks(model))).values()) == {1.0}
+    density = density_by_block(model, live_counts(masks))
+    assert list(density.values()) == pytest.approx([0.5] * BLOCKS, abs=1e-3)
     assert sum(live_counts(masks).values()) < sum(mask.numel() for mask in masks.values())
 
 

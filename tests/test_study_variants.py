@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import lth_diffusion as lth
+import metrics
+from prune import blocks_of, density_by_block, live_counts
 from studies import variants
 from unet import UNet
 
@@ -54,10 +56,11 @@ def test_variants(tmp_path, monkeypatch, capsys):
 def test_two_seeds_are_each_others_null(compared):
     """The null is the next seed's network; density by block is that of the masks, to the last weight."""
     exp, rows = lth.open_run(str(compared / "runs" / "imp"))
-    density = variants.block_density(exp, lth.Job(0, 2, "rewind"))
     whole = UNet(**exp.load(lth.Job(0, 0, "dense"))["config"])
+    live = live_counts(exp.rebuild(exp.load(lth.Job(0, 2, "rewind")))[1])
+    density = density_by_block(whole, live)
     size = collections.Counter()
-    for name, block in variants.blocks_of(whole).items():
+    for name, block in blocks_of(whole).items():
         size[block] += dict(whole.named_parameters())[name].numel()
     live = sum(density[block] * n for block, n in size.items())
     assert live == pytest.approx(rows[lth.Job(0, 2, "rewind")]["live_weights"], abs=1e-6)
@@ -65,8 +68,9 @@ def test_two_seeds_are_each_others_null(compared):
 
 
 def test_slopes_and_differences_by_hand():
-    assert variants.slope([1, 0.75, 0.5, 0.25, 0]) == pytest.approx((-1, 0), abs=1e-12)
-    assert variants.slope([1, np.nan, 2])[0] == pytest.approx(1)
+    assert metrics.slope([1, 0.75, 0.5, 0.25, 0]) == pytest.approx((-1, 0), abs=1e-12)
+    assert metrics.slope([1, np.nan, 1.5, 1.75, 2])[0] == pytest.approx(1)
+    assert np.isnan(metrics.slope([1, 2])[0])  # a line through two points has no error
     blocks = [["a", seed, block, value, 0.0, 1 - value] for seed, values in ((0, (0, 1, 2)), (1, (0, 2, 4)))
               for block, value in zip("xyz", values)]
     cka, null, density = variants.slope_lines(blocks)
