@@ -415,7 +415,7 @@ class Diffusion:
 
     def clock(self, t):
         """What the network is told of t: 0 to 1000, however many steps there are."""
-        return t if self.T <= 1000 else t * (1000 / self.T)
+        return t if self.T <= 1000 else t / (self.T / 1000)
 
     def predict(self, model, x_t, t):
         """The noise eps (B, C, H, W) that the network sees in x_t."""

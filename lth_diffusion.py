@@ -765,18 +765,20 @@ def write_results(args, rows):
 
 def announce(exp, jobs, rows):
     """Print device and why, model, plan, and how long it will take here; return seconds a job, by arm."""
-    a, model = exp.args, exp.new_model(0)
+    a, model, timing, cost = exp.args, exp.new_model(0), "", {}
     weights = sum(p.numel() for p in prunable(model).values())
     total = sum(p.numel() for p in model.parameters())
-    step, network = time_step(exp, model), time_network(exp, model)
-    gain = ""
-    if exp.precision == "bf16":
-        gain = f"; {time_step(exp, model, precision='fp32') / step:.2f} times as fast as fp32"
-    share = 1 - exp.k / a.steps
-    whole = dict.fromkeys(("dense", "reinit", "small"), 1.0) | {"transform": RST_SHARE}
-    cost = {arm: a.steps * step * whole.get(arm, share) + (a.samples * a.nfe + VAL_IMAGES) * network
-            for arm in ("dense", "twin", "probe", "transform", *ARMS)}
-    left = sum(cost[job.arm] for job in jobs if job not in rows)
+    if len(rows) < len(jobs):
+        step, network = time_step(exp, model), time_network(exp, model)
+        gain = ""
+        if exp.precision == "bf16":
+            gain = f"; {time_step(exp, model, precision='fp32') / step:.2f} times as fast as fp32"
+        share = 1 - exp.k / a.steps
+        whole = dict.fromkeys(("dense", "reinit", "small"), 1.0) | {"transform": RST_SHARE}
+        cost = {arm: a.steps * step * whole.get(arm, share) + (a.samples * a.nfe + VAL_IMAGES) * network
+                for arm in ("dense", "twin", "probe", "transform", *ARMS)}
+        left = sum(cost[job.arm] for job in jobs if job not in rows)
+        timing = f"; about {clock(left)} to go here ({step:.3f} s a step of {a.batch}{gain})"
     print(f"device     {exp.device} ({exp.why_device}), {exp.precision} ({exp.why_precision})\n"
           f"data       {a.dataset}: {len(exp.images):,} training and {len(exp.test):,} test images; domain "
           f"classifier {metrics.weights_hash(exp.classifier)}, floor {exp.floor['fid_domain']:.2f} at n="
@@ -787,8 +789,7 @@ def announce(exp, jobs, rows):
           f"-{100 * a.prune_rate:.1f} %, down to {100 * (1 - a.prune_rate) ** a.rounds:.1f} % of the "
           f"{'weights' if a.granularity == 'weight' else 'hidden channels'}; rewind to "
           f"step {exp.k} of {a.steps}\n"
-          f"           {len(jobs)} runs, {len(rows)} of them done; about {clock(left)} to go here "
-          f"({step:.3f} s a step of {a.batch}{gain})", flush=True)
+          f"           {len(jobs)} runs, {len(rows)} of them done{timing}", flush=True)
     return cost
 
 

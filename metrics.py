@@ -403,13 +403,13 @@ def reference_statistics(model, images, dataset, split="train", cache=CACHE, **o
     return tuple(read_file(path, REMAKE))
 
 
-def quality(model, images, real, reference, extract=features):
+def quality(model, images, real, reference, extract=None):
     """The quality columns of images uint8 [N, C, H, W] in a model's features: dict fid, precision, recall, in
     Inception's also kid, kid_error, inception_score. reference: (mu, sigma) of the training images, for FID;
     real: features [M, D] for the rest. Precision and recall stand beside a FID because it can fall while
     images get worse. extract: features(), or what does the same on several machines.
     """
-    feats, logits = extract(model, images, logits=True)
+    feats, logits = (extract or features)(model, images, logits=True)
     precision, recall = precision_recall(real, feats)
     columns = dict(fid=fid(feats, reference), precision=precision, recall=recall)
     if not isinstance(model, InceptionV3):
