@@ -193,17 +193,18 @@ def conclude(table, overlaps):
 
 
 def draw(table, paths, overlaps, path, note):
-    """The barrier and the ticket's disadvantage over k; the ways between the copies; overlap by layer."""
+    """Losses of the copies, between them and of the ticket over k; the ways between; overlap by layer."""
     ks, series = sorted({row[1] for row in table}), []
-    for label, value in (("barrier", lambda row: row[4]), ("ticket's excess", lambda row: row[11]),
-                         ("copy B's excess", lambda row: row[6] / row[5] - 1)):
+    for label, value in (("worst between A and B", lambda row: max(paths[row[0], row[1]])),
+                         ("copy A", lambda row: row[5]), ("copy B", lambda row: row[6]),
+                         ("ticket", lambda row: row[7])):
         dots = [[value(row) for row in table if row[1] == k] for k in ks]
         series.append(dict(label=label, x=ks, y=[np.mean(one) for one in dots],
                            dots=dots if max(map(len, dots)) > 1 else (),
-                           style="dashed" if "B" in label else "solid"))
+                           style="dashed" if label.startswith("copy") else "solid"))
     lth.line_chart(series, path + ".png", "A stable start, and the ticket rewound to it",
-                   "k, the step of the start", "share of a dense copy's val_loss", note="Barrier: over the "
-                   f"mean loss of copies A and B. Excess: over copy A. {note}", hlines=[("0", 0, "dotted")],
+                   "k, the step of the start", "val_loss (log)", log_y=True, note="A, B: dense, from theta_k "
+                   f"in two data orders; worst: on the straight line between their weights. {note}",
                    x_ticks=[(k, str(k)) for k in ks])
     ways = {k: np.mean([losses for (_, at), losses in paths.items() if at == k], axis=0) for k in ks}
     lth.line_chart([dict(label=f"k={k}", x=ALPHAS, y=way) for k, way in ways.items()],
