@@ -6,6 +6,7 @@ import pytest
 import lth_diffusion as lth
 from studies import methods
 
+lth.VAL_IMAGES = 200  # in every run of these processes: 2,000 would take most of the tests' time
 SMALL = "--rounds 2 --steps 16 --batch 8 --samples 16 --nfe 2 --control-rounds 1 2".split()
 
 

@@ -59,7 +59,7 @@ def live(phase, argv):
         return call
     torch.set_num_threads(1)
     lth.PRESETS["tiny"] = dict(base=8, mults=(1,), patch=4)
-    lth.Guard.EVERY = 0.0
+    lth.Guard.EVERY, lth.VAL_IMAGES = 0.0, 200
     lth.announce = lambda exp, jobs, rows: dict.fromkeys(("dense", "twin", *lth.ARMS), 0.0)
     lth.train, lth.draw_samples = telling(1, lth.train), telling(2, lth.draw_samples)
     lth.save_state, lth.draw_everything = telling(3, lth.save_state), lambda exp, rows: None
