@@ -237,8 +237,8 @@ def main(argv=None):
             study.save(path, HEADER, table, exp.device, n=args.samples, nfe=exp.args.nfe)
             draw(table, path + ".png", f"{exp.args.dataset}, DDIM, {exp.args.nfe} evaluations, n="
                  f"{args.samples:,} samples from one x_T, means over {number} seed(s). Rounds "
-                 f"{pairs[0][0]} and {pairs[0][1]}. Own: each as it was trained; shared: the sparser mask on the denser one's "
-                 "weights. Single: on a straight line between measured tickets.")
+                 f"{pairs[0][0]} and {pairs[0][1]}. Own: each as it was trained; shared: the sparser mask on "
+                 "the denser one's weights. Single: on a straight line between measured tickets.")
             draw_errors(errors, path + "_errors.png", f"{exp.args.dataset}, {args.images} held-out images a "
                         f"range of t, {number} seed(s). Percentages: weights pruned.")
             print(f"seed {seed}: done", flush=True)
