@@ -15,6 +15,8 @@ What would change our mind about 'fewer steps are the cheaper way': tickets that
 import os
 import time
 
+import numpy as np
+
 import lth_diffusion as lth
 from ddpm import positive_int
 
@@ -48,6 +50,20 @@ def lines(exp, rows, args):
         print(f"{name}, {job}: done", flush=True)
 
 
+def setting(row):
+    """What a row is of, whatever its seed: run, round, arm, sampler, evaluations."""
+    return row[0], row[2], row[3], row[5], row[6]
+
+
+def over_seeds(table):
+    """{setting: row with the means of work, seconds and fid_domain over seeds}."""
+    groups = {}
+    for row in table:
+        groups.setdefault(setting(row), []).append(row)
+    return {key: [*rows[0][:7], *np.mean([row[7:10] for row in rows], axis=0).tolist()]
+            for key, rows in groups.items()}
+
+
 def on_front(table, cost):
     """For each row whether no other is better in fid_domain at equal or less of column `cost`."""
     return [not any(other is not row and other[cost] <= row[cost] and other[9] <= row[9] for other in table)
@@ -55,13 +71,13 @@ def on_front(table, cost):
 
 
 def draw(table, path, note):
-    """fid_domain against work, a line a network and sampler."""
+    """fid_domain against work, a line a network and sampler, means over seeds."""
     groups = {}
-    for row in table:
-        groups.setdefault((f"{row[3]} {100 * row[4]:.0f} %", row[5], row[0], row[1]), []).append(row)
+    for row in over_seeds(table).values():
+        groups.setdefault((f"{row[3]} {100 * row[4]:.0f} %", row[5], row[0]), []).append(row)
     series = [dict(label=f"{label}, {sampler}", x=[row[7] for row in group], y=[row[9] for row in group],
                    style={"ddim": "solid", "dpm": "dashed", "ddpm": "dotted"}[sampler])
-              for (label, sampler, _, _), group in groups.items()]
+              for (label, sampler, _), group in groups.items()]
     lth.line_chart(series, path, "Fewer steps, or a sparser network?",
                    "billions of live multiply-accumulates a sample (log)", "fid_domain (log)", log_x=True,
                    log_y=True, height=520, note=note)
@@ -81,14 +97,15 @@ def main(argv=None):
         if len(names) > 1:
             raise ValueError(f"--from: runs of different data sets: {', '.join(sorted(names))}")
         table = [line for exp, rows in found for line in lines(exp, rows, args)]
-        fronts = zip(on_front(table, 7), on_front(table, 8))
-        table = [[*row, *("yes" if front else "" for front in pair)] for row, pair in zip(table, fronts)]
+        means = over_seeds(table)
+        fronts = [dict(zip(means, on_front(list(means.values()), cost))) for cost in (7, 8)]
+        table = [[*row, *("yes" if front[setting(row)] else "" for front in fronts)] for row in table]
         path = os.path.join(args.out, f"samplers_{names.pop()}")
         study.save(path, HEADER, table, found[0][0].device, n=args.samples)
         draw(table, path + ".png", f"n={args.samples:,} samples a figure from the same noise; "
-             "percentages: weights pruned.")
+             "percentages: weights pruned; means over seeds.")
     best = [f"{row[3]} {100 * row[4]:.0f} % with {row[5]} {row[6]} ({row[7]:.2f} GMACs, {row[9]:.1f})"
-            for row in sorted(table, key=lambda row: row[7]) if row[10]]
+            for key, row in sorted(means.items(), key=lambda item: item[1][7]) if fronts[0][key]]
     print(f"\n{lth.text_table(HEADER, table)}\n\nThe front of work, cheapest first: {'; '.join(best)}.\n"
           f"{len({row[1] for row in table})} seed(s), n={args.samples:,} samples: differences of a few per "
           f"cent are noise.\n{path}.csv, .json, .png")
