@@ -114,7 +114,7 @@ def reconstruction(exp, a, b, images):
     """{block: 1 - R2 of b's activations from a's}; both see the same images, t and noise."""
     x0 = as_input(metrics.random_draw(exp.test, images))
     generator, moments, widths = torch.Generator().manual_seed(lth.EVAL_SEED), ({}, {}), {}
-    for t in TIMES:
+    for t in (time * (exp.diffusion.T // 1000) for time in TIMES):
         eps = torch.randn(x0.shape, generator=generator)
         x_t = exp.diffusion.q_sample(x0, torch.full((len(x0),), t), eps)
         for half, sums in zip(x_t.chunk(2), moments):  # an image stays in its half at every t

@@ -37,7 +37,7 @@ def held_out(exp, n):
     """(x_t, t, eps) of n test images, each at a fixed t of TIMES and with fixed noise."""
     generator = torch.Generator().manual_seed(lth.EVAL_SEED)
     x0 = to_float(metrics.random_draw(exp.test, n))
-    t = torch.tensor(TIMES)[torch.arange(len(x0)) % len(TIMES)]
+    t = torch.tensor(TIMES)[torch.arange(len(x0)) % len(TIMES)] * (exp.diffusion.T // 1000)
     eps = torch.randn(x0.shape, generator=generator)
     return tuple(v.to(exp.device) for v in (exp.diffusion.q_sample(x0, t, eps).float(), t, eps))
 
