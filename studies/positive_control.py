@@ -40,8 +40,8 @@ def build(net, seed):
         if net == "lenet":
             return nn.Sequential(nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
                                  nn.Linear(100, 10))
-        return nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                             nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        return nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(),
+                             nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
                              nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
@@ -70,7 +70,7 @@ def fit(model, masks, data, steps, seed, label):
     """Train in place under the masks; (step of the lowest held-out loss, test accuracy there)."""
     (x, y), held_out, test = data
     apply_masks(model, masks)
-    optimizer, hooks = torch.optim.Adam(model.parameters(), LR), mask_hooks(model, masks)
+    optimizer, hooks = torch.optim.Adam(model.parameters(), LR, fused=True), mask_hooks(model, masks)
     generator, best = torch.Generator().manual_seed(seed), (np.inf, 0, 0.0)
     for step in tqdm(range(steps), desc=label, unit="step", leave=False, disable=None):
         pick = torch.randint(len(x), (BATCH,), generator=generator)
@@ -119,32 +119,32 @@ def load(data_dir):
     return (x[HELD_OUT:], y[HELD_OUT:]), (x[:HELD_OUT], y[:HELD_OUT]), (test[0].float() / 255, test[1])
 
 
-def draw(table, net, column, path, y_label):
+def draw(table, column, path, y_label):
     """One quantity against the share of weights left, an arm a line, means and deviations over seeds."""
-    mine = [row for row in table if row[0] == net]
-    dense = np.mean([row[column] for row in mine if row[3] == "dense"])
+    dense = np.mean([row[column] for row in table if row[3] == "dense"])
     series = []
     for arm, label in ARMS.items():
-        rounds = sorted({row[2] for row in mine if row[3] == arm})
-        groups = [[row for row in mine if row[3] == arm and row[2] == round] for round in rounds]
+        rounds = sorted({row[2] for row in table if row[3] == arm})
+        groups = [[row for row in table if row[3] == arm and row[2] == round] for round in rounds]
         y = np.array([np.mean([row[column] for row in group]) for group in groups])
         sd = np.array([np.std([row[column] for row in group], ddof=1) if len(group) > 1 else np.nan
                        for group in groups])
         x = [group[0][4] for group in groups]
         series.append(dict(label=label, x=x, y=y, y_low=y - sd, y_high=y + sd))
-    seeds, name = len({row[1] for row in mine}), dict(lenet="LeNet-300-100", conv="Small conv net")[net]
+    seeds = len({row[1] for row in table})
+    name = dict(lenet="LeNet-300-100", conv="Small conv net")[table[0][0]]
     lth.line_chart(series, path, f"{name} on MNIST", "weights left (log scale)", y_label,
                    hlines=[("dense", dense, "dashed")], log_x=True,
                    note=f"Means over {seeds} seed(s), bars: standard deviation. Early stop by held-out loss.")
 
 
 def conclude(table):
-    """A sentence a network and control round: the ticket's accuracy less each other arm's, paired by seed."""
+    """A sentence a control round: the ticket's accuracy less each other arm's, paired by seed."""
     said = []
-    for net, round in sorted({(row[0], row[2]) for row in table if row[3] == "reinit"}):
+    for round in sorted({row[2] for row in table if row[3] == "reinit"}):
         arms = {}
         for row in table:
-            if row[0] == net and (row[2] == round or row[3] == "dense"):
+            if row[2] == round or row[3] == "dense":
                 arms.setdefault(row[3], {})[row[1]] = row
         parts = []
         for other in ("dense", "reinit", "random", "oneshot"):
@@ -155,7 +155,7 @@ def conclude(table):
             speed = np.mean([b[5] for _, b in pairs]) / np.mean([a[5] for a, _ in pairs])
             parts.append(f"{other} {gain.mean():+.2f}{low_high} ({speed:.1f} times as fast)")
         left = 100 * np.mean([row[4] for row in arms["rewind"].values()])
-        said.append(f"{net}, {left:.1f} % of the weights, n={len(arms['rewind'])} seeds: ticket against "
+        said.append(f"{table[0][0]}, {left:.1f} % of the weights, n={len(arms['rewind'])} seeds: ticket against "
                     f"{', '.join(parts)}, in points of test accuracy, 90 % intervals.")
     return "\n".join(said)
 
@@ -170,16 +170,16 @@ def main(argv=None):
     add("--rounds", type=positive_int, default=17, help="rounds of -20 %% (default: 17, to 2.3 %%)")
     add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
     with study.arguments(argv) as args:
-        data, path = load(args.data_dir), os.path.join(args.out, "positive_control")
-        controls, table = [r for r in CONTROLS if r < args.rounds] + [args.rounds], []
+        data, controls = load(args.data_dir), [r for r in CONTROLS if r < args.rounds] + [args.rounds]
         for net in args.nets:
+            path, table = os.path.join(args.out, f"positive_control_{net}"), []
             for seed in args.seeds:
                 table += lines(net, seed, data, args.steps, args.rounds, controls)
                 study.save(path, HEADER, table, steps=args.steps, seeds=args.seeds)
                 print(f"{net}, seed {seed}: done", flush=True)
-            draw(table, net, 6, f"{path}_{net}_accuracy.png", "test accuracy")
-            draw(table, net, 5, f"{path}_{net}_speed.png", "early stop at step")
-    print(f"{conclude(table)}\n{path}.csv, .json, and figures")
+            draw(table, 6, f"{path}_accuracy.png", "test accuracy")
+            draw(table, 5, f"{path}_speed.png", "early stop at step")
+            print(f"{conclude(table)}\n{path}.csv, .json, and figures")
 
 
 if __name__ == "__main__":
