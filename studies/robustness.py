@@ -47,24 +47,29 @@ def error(predict, x, t, eps):
     return (predict(x, t) - eps).square().flatten(1).mean(1)
 
 
-def fgsm(predict, x, t, eps, budget):
-    """x moved by budget along the sign of the error's gradient."""
+def ascend(predict, x, t, eps, step):
+    """(x moved by step along the sign of its error's gradient, its error before)."""
     moved = x.clone().requires_grad_()
-    gradient, = torch.autograd.grad(error(predict, moved, t, eps).sum(), moved)
-    return x + budget * gradient.sign()
+    found = error(predict, moved, t, eps)
+    gradient, = torch.autograd.grad(found.sum(), moved)
+    return x + step * gradient.sign(), found.detach()
+
+
+def fgsm(predict, x, t, eps, budget):
+    """One step of the whole budget."""
+    return ascend(predict, x, t, eps, budget)[0]
 
 
 def pgd(predict, x, t, eps, budget, steps=10):
     """The worst x within the budget that ascent from FGSM's answer finds, image by image."""
-    now = best = fgsm(predict, x, t, eps, budget)
-    worst = error(predict, best, t, eps).detach()
+    now, worst = fgsm(predict, x, t, eps, budget), torch.full_like(t, -torch.inf, dtype=torch.float32)
+    best = now
     for _ in range(steps):
-        now = fgsm(predict, now, t, eps, budget / 4)
-        now = x + (now - x).clamp(-budget, budget)
-        found = error(predict, now, t, eps).detach()
+        moved, found = ascend(predict, now, t, eps, budget / 4)
         best = torch.where((found > worst)[:, None, None, None], now, best)
-        worst = torch.maximum(worst, found)
-    return best
+        worst, now = torch.maximum(worst, found), x + (moved - x).clamp(-budget, budget)
+    last = error(predict, now, t, eps).detach() > worst
+    return torch.where(last[:, None, None, None], now, best)
 
 
 def attacked(attack, predict, batch, budget):
@@ -104,7 +109,7 @@ def check(values):
 
 
 def lines(exp, rows, args):
-    """Rows of HEADER of every network asked for."""
+    """Lists of rows of HEADER, one for each network asked for."""
     rounds = args.rounds or sorted({0, *exp.args.control_rounds})
     jobs = [job for job in rows if job.round in rounds and job.arm not in ("transform", "probe")]
     lth.check_rounds(rounds, rows)
@@ -112,10 +117,9 @@ def lines(exp, rows, args):
         values = {(trouble, size): value for trouble, size, value in measure(exp, job, args)}
         check(values)
         first = {trouble: value for (trouble, _), value in reversed(values.items())}  # each one's clean
-        for (trouble, size), value in values.items():
-            n = args.samples if trouble == "start" else args.images
-            yield [job.seed, job.round, job.arm, rows[job]["sparsity"], trouble, size, value,
-                   value / first[trouble], n]
+        yield [[job.seed, job.round, job.arm, rows[job]["sparsity"], trouble, size, value,
+                value / first[trouble], args.samples if trouble == "start" else args.images]
+               for (trouble, size), value in values.items()]
         print(f"{job}: clean {values['noise', 0.0]:.4f}, PGD at {BUDGETS[-1]} "
               f"{values['PGD', BUDGETS[-1]]:.4f}", flush=True)
 
@@ -157,9 +161,10 @@ def main(argv=None):
     add("--samples", type=positive_int, default=250, help="samples behind a fid_domain (default: 250)")
     with study.arguments(argv) as args:
         exp, rows = lth.open_run(args.run)
-        table = list(lines(exp, rows, args))
-        path = os.path.join(args.out, f"robustness_{exp.args.dataset}")
-        study.save(path, HEADER, table, exp.device, times=TIMES)
+        table, path = [], os.path.join(args.out, f"robustness_{exp.args.dataset}")
+        for found in lines(exp, rows, args):
+            table += found
+            study.save(path, HEADER, table, exp.device, times=TIMES)
         draw(table, path + ".png", f"{exp.args.dataset}, {args.images} held-out images at t of {TIMES}. "
              f"Percentages: weights pruned. Seeds: {len({line[0] for line in table})}.")
     print(f"\n{lth.text_table(HEADER, table)}\n\n{conclude(table)}\n{path}.csv, .json, .png")
