@@ -627,10 +627,10 @@ def restore(state, model, ema, opt, log):
 
 def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_schedule="constant", warmup=100,
           optimizer="adam", beta2=0.999, clip=1.0, ema_decay=0.9999, flip=False, seed=0, precision="fp32",
-          label="train", after_backward=None, after_step=None, state=None, checkpoint=None):
+          compile=False, label="train", after_backward=None, after_step=None, state=None, checkpoint=None):
     """Train `model` in place on steps start .. steps-1 of one schedule; return (EMA, [(step, mean loss)]).
 
-    images: uint8 (N, C, H, W) on the model's device. after_backward(step, model) sees the gradients before
+    images: uint8 (N, C, H, W) on the model's device. compile: through torch.compile. after_backward(step, model) sees the gradients before
     they are clipped and may return True to leave out this step's update; after_step(step, model, optimizer,
     ema) runs after the update, before the average follows. checkpoint(get_state) is called after every step
     and calls get_state() when it wants to save; such a state, passed as `state`, goes on from there to the
@@ -646,6 +646,7 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
         start = restore(state, model, ema, opt, log)
     rank, world = ranks()
     network = DistributedDataParallel(model) if world > 1 else model  # averages gradients over the ranks
+    network = torch.compile(network) if compile else network  # its weights stay the model's: masks still bite
     bar = tqdm(range(start, steps), desc=label, unit="step", mininterval=0.5, leave=False,
                disable=True if rank else None)
     for step in bar:
@@ -709,6 +710,8 @@ def one_line(parser, out=None):
         parser.exit(130, f"\nstopped. {kept}{' The same command goes on from here.' if out else ''}\n")
     except RuntimeError as error:
         first = str(error).splitlines()[0][:160]
+        if "No working C++ compiler" in first:
+            parser.error("argument --compile: no working C++ compiler is here; install one, or leave it out")
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
         parser.exit(1, f"out of memory ({first}): lower --batch, or choose a smaller --preset. {kept}\n")
@@ -736,6 +739,8 @@ def add_training_flags(parser):
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 where the hardware has units for it")
+    add("--compile", action="store_true", help="train through torch.compile: it costs minutes once, for "
+        "GPUs and long runs")
     add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
     add("--out", help="folder of the results (default: runs/...)")
 
@@ -882,9 +887,8 @@ def train_one(args):
     start = time.monotonic()
     ema, losses = train(model, diffusion, images.to(device), steps=args.steps, batch=args.batch, lr=args.lr,
                         lr_schedule=args.lr_schedule, optimizer=args.optimizer, beta2=args.beta2,
-                        ema_decay=args.ema,
-                        flip=args.dataset.startswith("cifar"), seed=args.seed, precision=precision,
-                        warmup=max(1, args.steps // 20))
+                        ema_decay=args.ema, flip=args.dataset.startswith("cifar"), seed=args.seed,
+                        precision=precision, compile=args.compile, warmup=max(1, args.steps // 20))
     trained = time.monotonic()
     x_T = torch.randn(args.samples, *images.shape[1:], generator=torch.Generator().manual_seed(args.seed))
     drawn = draw_samples(ema.model, diffusion, x_T, precision, args.sampler, args.nfe)

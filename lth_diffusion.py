@@ -363,7 +363,7 @@ class Experiment:
         steps = round(RST_SHARE * a.steps) if job.arm == "transform" else a.steps
         return dict(steps=steps, batch=a.batch, lr=a.lr, lr_schedule=a.lr_schedule, optimizer=a.optimizer,
                     beta2=a.beta2, ema_decay=a.ema, flip=a.dataset.startswith("cifar"), seed=order,
-                    precision=self.precision, warmup=max(1, a.steps // 20),
+                    precision=self.precision, compile=a.compile, warmup=max(1, a.steps // 20),
                     label=str(job)) | changed
 
     def hooks(self, job, model, masks):
@@ -693,9 +693,10 @@ def check_config(args, parser):
     if os.path.exists(os.path.join(args.out, "config.json")):
         then = read_config(args.out)["args"]
         for name in now:
-            if name not in FREE and then.get(name) != now[name]:
+            made = then.get(name, parser.get_default(name))  # older than the flag: it did as by default
+            if name not in FREE and made != now[name]:
                 flag = "--" + name.replace("_", "-")
-                parser.error(f"argument {flag}: {args.out} was made with {then.get(name)}, not "
+                parser.error(f"argument {flag}: {args.out} was made with {made}, not "
                              f"{now[name]}; choose another --out, or the same flags to go on")
         args.seeds = list(dict.fromkeys([*then["seeds"], *args.seeds]))
     return now
@@ -769,9 +770,13 @@ def announce(exp, jobs, rows):
     weights = sum(p.numel() for p in prunable(model).values())
     total = sum(p.numel() for p in model.parameters())
     if len(rows) < len(jobs):
+        began = time.monotonic()
         step, network = time_step(exp, model), time_network(exp, model)
-        gain = ""
-        if exp.precision == "bf16":
+        gain, took = "", time.monotonic() - began
+        if a.compile:
+            gain = (f"; {time_step(exp, model, compile=False) / step:.2f} times as fast as not compiled, which "
+                    f"took {took:.0f} s once")
+        elif exp.precision == "bf16":
             gain = f"; {time_step(exp, model, precision='fp32') / step:.2f} times as fast as fp32"
         share = 1 - exp.k / a.steps
         whole = dict.fromkeys(("dense", "reinit", "small"), 1.0) | {"transform": RST_SHARE}
