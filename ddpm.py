@@ -630,13 +630,14 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
           compile=False, label="train", after_backward=None, after_step=None, state=None, checkpoint=None):
     """Train `model` in place on steps start .. steps-1 of one schedule; return (EMA, [(step, mean loss)]).
 
-    images: uint8 (N, C, H, W) on the model's device. compile: through torch.compile. after_backward(step, model) sees the gradients before
-    they are clipped and may return True to leave out this step's update; after_step(step, model, optimizer,
-    ema) runs after the update, before the average follows. checkpoint(get_state) is called after every step
-    and calls get_state() when it wants to save; such a state, passed as `state`, goes on from there to the
-    bit. Torch's global generator, which dropout draws from, is seeded anew every step. Under torchrun every
-    rank trains on its share of the same batch; the losses are then those of its share. Raises
-    FloatingPointError for a loss that is not finite, before such a state is handed out.
+    images: uint8 (N, C, H, W) on the model's device. compile: through torch.compile. after_backward(step,
+    model) sees the gradients before they are clipped and may return True to leave out this step's update;
+    after_step(step, model, optimizer, ema) runs after the update, before the average follows.
+    checkpoint(get_state) is called after every step and calls get_state() when it wants to save; such a
+    state, passed as `state`, goes on from there to the bit. Torch's global generator, which dropout draws
+    from, is seeded anew every step. Under torchrun every rank trains on its share of the same batch; the
+    losses are then those of its share. Raises FloatingPointError for a loss that is not finite, before such
+    a state is handed out.
     """
     device = images.device
     model.to(memory_format=torch.channels_last).train()
@@ -739,8 +740,8 @@ def add_training_flags(parser):
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 where the hardware has units for it")
-    add("--compile", action="store_true", help="train through torch.compile: it costs minutes once, for "
-        "GPUs and long runs")
+    add("--compile", action="store_true", help="train and sample through torch.compile: it costs minutes "
+        "once, for GPUs and long runs")
     add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
     add("--out", help="folder of the results (default: runs/...)")
 
@@ -822,28 +823,30 @@ def pick_precision(name, device):
 SAMPLER_SEED = 900_000  # of a stochastic sampler's noise: no seed that x_T is drawn from
 
 
-def denoiser(model, precision):
-    """`model` as a callable for sampling and validation: eval mode, autocast where precision is bf16."""
+def denoiser(model, precision, compile=False):
+    """`model` as a callable for sampling and validation: eval mode, autocast where precision is bf16, through
+    torch.compile if asked, for batches of any size, since the last one of a figure is often smaller."""
     model.eval()
     if precision == "bf16":  # cast once: without gradients autocast would cast at every evaluation
         model = copy.deepcopy(model)
         for layer in model.modules():
             if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
                 layer.bfloat16()
+    network = torch.compile(model, dynamic=True) if compile else model
 
     @torch.inference_mode()
     def predict(x, t):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return model(x.contiguous(memory_format=torch.channels_last), t)
+            return network(x.contiguous(memory_format=torch.channels_last), t)
     return predict
 
 
 def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=50, batch=128,
-                 label="sample", decode=None):
+                 label="sample", decode=None, compile=False):
     """uint8 images (N, C, H, W) on the CPU from noise x_T (N, C, H, W), batch by batch, shared out among the
     ranks; stochastic samplers seed their noise by the batch, so that every model meets the same on any number
     of ranks. decode: what makes uint8 images of latents, which have no range to be clipped to."""
-    predict, done = denoiser(model, precision), {}
+    predict, done = denoiser(model, precision, compile), {}
     device, (rank, world) = next(model.parameters()).device, ranks()
     parts = list(enumerate(x_T.split(batch)))
     for number, part in tqdm(parts[rank::world], desc=label, unit="batch", leave=False,
@@ -891,7 +894,7 @@ def train_one(args):
                         precision=precision, compile=args.compile, warmup=max(1, args.steps // 20))
     trained = time.monotonic()
     x_T = torch.randn(args.samples, *images.shape[1:], generator=torch.Generator().manual_seed(args.seed))
-    drawn = draw_samples(ema.model, diffusion, x_T, precision, args.sampler, args.nfe)
+    drawn = draw_samples(ema.model, diffusion, x_T, precision, args.sampler, args.nfe, compile=args.compile)
     save_grid(drawn, f"{args.out}/samples.png")
     with atomic(f"{args.out}/model.pt") as temporary:
         torch.save(dict(config=model.config, model=model.state_dict(), ema=ema.model.state_dict()), temporary)

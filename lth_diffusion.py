@@ -444,7 +444,8 @@ class Experiment:
     def draw(self, model, n=None, x_T=None, **changed):
         """n samples uint8 (n, C, H, W) of a model, from the x_T that all models share or the one given."""
         a = self.args
-        options = dict(precision=self.precision, sampler=a.sampler, steps=a.nfe, decode=self.decode) | changed
+        options = dict(precision=self.precision, compile=a.compile, sampler=a.sampler, steps=a.nfe,
+                       decode=self.decode) | changed
         x_T = self.x_T(n or a.samples) if x_T is None else x_T
         return draw_samples(model, self.diffusion, x_T, **options)
 
@@ -460,7 +461,8 @@ class Experiment:
 
     def val_loss(self, model):
         """Held-out mean squared error on eps (or v), t spread evenly, noise fixed: paired across tickets."""
-        predict, generator = denoiser(model, self.precision), torch.Generator().manual_seed(EVAL_SEED)
+        predict = denoiser(model, self.precision, self.args.compile)
+        generator = torch.Generator().manual_seed(EVAL_SEED)
         x0 = as_input(self.test[:VAL_IMAGES])
         t = torch.linspace(0, self.diffusion.T - 1, len(x0)).round().long()
         noise = torch.randn(x0.shape, generator=generator)
@@ -771,11 +773,12 @@ def announce(exp, jobs, rows):
     total = sum(p.numel() for p in model.parameters())
     if len(rows) < len(jobs):
         began = time.monotonic()
-        step, network = time_step(exp, model), time_network(exp, model)
+        step, network = time_step(exp, model), time_network(exp, model, a.compile)
         gain, took = "", time.monotonic() - began
         if a.compile:
-            gain = (f"; {time_step(exp, model, compile=False) / step:.2f} times as fast as not compiled, which "
-                    f"took {took:.0f} s once")
+            gains = time_step(exp, model, compile=False) / step, time_network(exp, model, False) / network
+            gain = (f"; compiled in {took:.0f} s, a step is {gains[0]:.2f} and sampling {gains[1]:.2f} times "
+                    "as fast")
         elif exp.precision == "bf16":
             gain = f"; {time_step(exp, model, precision='fp32') / step:.2f} times as fast as fp32"
         share = 1 - exp.k / a.steps
@@ -806,9 +809,9 @@ def time_step(exp, model, repeats=5, **changed):
     return float(np.median(np.diff(marks)[1:]))
 
 
-def time_network(exp, model, batch=256, repeats=3):
+def time_network(exp, model, compile=False, batch=256, repeats=3):
     """Median seconds of one network evaluation of one image in a sampling batch."""
-    predict, x = denoiser(model, exp.precision), exp.x_T(batch).to(exp.device)
+    predict, x = denoiser(model, exp.precision, compile), exp.x_T(batch).to(exp.device)
     t = torch.zeros(batch, dtype=torch.int64, device=exp.device)
     return metrics.seconds_per_1000(lambda: predict(x, t), batch, repeats=repeats, device=exp.device) / 1000
 

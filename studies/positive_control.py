@@ -155,7 +155,7 @@ def conclude(table):
             speed = np.mean([b[5] for _, b in pairs]) / np.mean([a[5] for a, _ in pairs])
             parts.append(f"{other} {gain.mean():+.2f}{low_high} ({speed:.1f} times as fast)")
         left = 100 * np.mean([row[4] for row in arms["rewind"].values()])
-        said.append(f"{table[0][0]}, {left:.1f} % of the weights, n={len(arms['rewind'])} seeds: ticket against "
+        said.append(f"{table[0][0]}, {left:.1f} % of the weights, n={len(pairs)} seeds: ticket against "
                     f"{', '.join(parts)}, in points of test accuracy, 90 % intervals.")
     return "\n".join(said)
 

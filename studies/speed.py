@@ -12,6 +12,7 @@ left out. Seconds belong to the machine named in results/speed.json; ratios trav
 """
 import importlib
 import os
+import shutil
 import sys
 import time
 
@@ -96,8 +97,13 @@ def ours(args):
     model = UNet(1, base=32, mults=(1, 2, 2), blocks=1, image_size=28).to(args.device)
     model = model.to(memory_format=torch.channels_last)
     x = torch.randn(BATCH, 1, 28, 28, device=args.device).contiguous(memory_format=torch.channels_last)
-    draws = {p: lambda p=p: sample(denoiser(model, p), Diffusion(), x, "ddim", STEPS) for p in PRECISIONS}
-    return model, {p: our_step(model, x, p) for p in PRECISIONS}, draws
+    steps, draws = {}, {}
+    for compile in (False, True) if shutil.which("c++") else (False,):
+        for p in PRECISIONS:
+            name, network = p + " compiled" * compile, torch.compile(model) if compile else model
+            steps[name] = our_step(network, x, p)
+            draws[name] = lambda p=p, c=compile: sample(denoiser(model, p, c), Diffusion(), x, "ddim", STEPS)
+    return model, steps, draws
 
 
 def diffusers(args):
@@ -177,7 +183,7 @@ def step_rows(args):
         weight = macs_of(model) / macs_of(theirs)
         for what, mine, other in (("training step", steps, their_steps),
                                   (f"{STEPS} DDIM steps", draws, their_draws)):
-            for precision, fast in ((p, q) for p in other for q in PRECISIONS):
+            for precision, fast in ((p, q) for p in other for q in mine if p == q[:4] or "comp" not in q):
                 line = row(f"{what} of {BATCH}, ours {fast}", mine[fast], f"{name} {precision}, its time "
                            f"{weight:.2f} times: equal MACs", other[precision], args)
                 yield [*line[:3], line[3] * weight, *(ratio * weight for ratio in line[4:7]), line[7]]
