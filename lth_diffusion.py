@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -600,11 +601,11 @@ def shared_features(model, images, logits=True):
     """metrics.features, of which every rank computes a share and has the whole."""
     rank, world = ranks()
     shares = [None] * world
-    mine = metrics.features(model, images.tensor_split(world)[rank], logits=True)
+    mine = metrics.features(model, images.tensor_split(world)[rank], logits=logits)
     if world == 1:
         return mine
     dist.all_gather_object(shares, mine)
-    return tuple(torch.cat(parts) for parts in zip(*shares))
+    return tuple(map(torch.cat, zip(*shares))) if logits else torch.cat(shares)
 
 
 def wait_for_all():
@@ -693,9 +694,9 @@ def check_config(args, parser):
     begun may be left out of the table."""
     now = vars(args)
     if os.path.exists(os.path.join(args.out, "config.json")):
-        then = read_config(args.out)["args"]
+        then, usual = read_config(args.out)["args"], vars(parse_args([])[0])
         for name in now:
-            made = then.get(name, parser.get_default(name))  # older than the flag: it did as by default
+            made = then.get(name, usual.get(name))  # a run older than a flag did as by default
             if name not in FREE and made != now[name]:
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"argument {flag}: {args.out} was made with {made}, not "
@@ -985,6 +986,21 @@ def run(args, parser, experiment=Experiment):
     return exp, rows
 
 
+def run_alone(args, parser, source=None, experiment=Experiment):
+    """run() for the studies: its folder made and held, the dense networks of another run's folder, source,
+    taken over unless they are there: (experiment, rows)."""
+    os.makedirs(args.out, exist_ok=True)
+    with alone_in(args.out):
+        for job in plan(args) if source not in (None, args.out) else ():
+            if job.arm in ("dense", "twin"):
+                theta = theta_path(source, job.seed), theta_path(args.out, job.seed)
+                for old, new in ((job.path(source), job.path(args.out)), theta):
+                    if os.path.exists(old) and not os.path.exists(new):
+                        os.makedirs(os.path.dirname(new), exist_ok=True)
+                        shutil.copyfile(old, new)
+        return run(args, parser, experiment)
+
+
 def finish(exp, rows):
     """Tell and draw what happened."""
     args = exp.args
@@ -1003,11 +1019,9 @@ def open_run(out=None):
     if out is None:
         args, parser = parse_args(["--rounds", "2", "--final-sparsity", "0.9"])
         out = args.out
-        os.makedirs(out, exist_ok=True)
         there = os.path.exists(os.path.join(out, "config.json"))
         if not there or read_config(out)["args"]["rounds"] == args.rounds:
-            with alone_in(out):
-                run(args, parser)
+            run_alone(args, parser)
     settings, made_by = read_config(out)["args"], read_config(out).get("experiment", "Experiment")
     if made_by != "Experiment":  # its images are others, latents say
         raise OSError(f"{out} was made by a {made_by}, which only its own study reads: name another run")
@@ -1053,8 +1067,7 @@ def main(argv=None):
         if args.batch % ranks()[1]:
             raise ValueError(f"argument --batch: {args.batch} images cannot be shared by {ranks()[1]} ranks")
         writable([args.out], "--out")
-        with alone_in(args.out):
-            run(args, parser)
+        run_alone(args, parser)
         if ranks()[1] > 1:
             dist.destroy_process_group()
 

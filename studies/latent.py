@@ -146,9 +146,7 @@ def latent_run(exp, args, parser):
     if absent := set(seeds) - set(exp.args.seeds):
         raise ValueError(f"argument --seeds: {min(absent)} is not among the run's, {exp.args.seeds}")
     settings = argparse.Namespace(**vars(exp.args) | dict(out=out, code=args.code, seeds=seeds))
-    os.makedirs(out, exist_ok=True)
-    with lth.alone_in(out):
-        return lth.run(settings, parser, experiment=LatentExperiment)
+    return lth.run_alone(settings, parser, experiment=LatentExperiment)
 
 
 def ratios(rows):

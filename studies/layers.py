@@ -25,6 +25,7 @@ What would change our mind about 'depth needs no schedule': ramp or cka better t
 with intervals over seeds that leave out 0. Width, resolution and depth change together in a U-Net: a slope
 here does not say which of them made it.
 """
+import argparse
 import os
 
 import numpy as np
@@ -35,7 +36,6 @@ import lth_diffusion as lth
 import metrics
 from ddpm import as_input, positive_int, seed_number
 from prune import density_by_block, live_counts, prunable
-from studies import methods
 from unet import ResBlock
 
 SCOPES = ("layer", "global", "ramp", "cka")
@@ -153,22 +153,13 @@ def survivors(exp, seed, masks):
 
 # ------------------------------------------------------------------------------------------------ 3 scopes
 
-def flags_of(args, **changed):
-    """The command line of lth_diffusion.py that asks for these settings, with some of them changed."""
-    known, flags = vars(lth.parse_args([])[0]), []
-    for name, value in (vars(args) | changed).items():
-        if name in known and value is not None:
-            flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return flags
-
-
-def run_scope(exp, rows, scope, seeds, runs):
+def run_scope(study, exp, scope, seeds, runs):
     """Rows of HEADER of one scope's tickets, trained from the run's dense networks unless it has them."""
     a, out = exp.args, exp.args.out
     if scope != a.scope:
         out = os.path.join(runs, f"layers_{a.dataset}_{scope}")
-        flags = flags_of(a, scope=scope, arms=["rewind"], control_rounds=[a.rounds], out=out, seeds=seeds)
-        methods.run(flags, {(a.steps, exp.k): a.out})
+        changed = dict(scope=scope, arms=["rewind"], control_rounds=[a.rounds], out=out, seeds=seeds)
+        lth.run_alone(argparse.Namespace(**vars(a) | changed), study, a.out)
     for seed in seeds:
         state = lth.load_state(lth.Job(seed, a.rounds, "rewind").path(out), lth.FINISHED)
         for column in ("fid_domain", "val_loss", "sparsity"):
@@ -290,7 +281,7 @@ def main(argv=None):
             study.save(path, HEADER, table, exp.device, **facts)
             print(f"seed {seed}: agreement and survivors done", flush=True)
         for scope in () if args.no_scopes else SCOPES:
-            table += run_scope(exp, rows, scope, seeds, args.runs)
+            table += run_scope(study, exp, scope, seeds, args.runs)
             study.save(path, HEADER, table, exp.device, **facts)
         draw(table, path, f"{exp.args.dataset}, round {exp.args.rounds}, seeds {seeds}. Orders: two data "
              f"orders from one theta_k. {args.images} held-out images at t of {TIMES}.")

@@ -12,7 +12,6 @@ many steps as make its total that of `imp` at the last round ('equal cost').
 What would change our mind about iterating: a method of one cut that is as good at the same total cost.
 """
 import os
-import shutil
 import sys
 import time
 
@@ -48,17 +47,7 @@ def run(flags, dense_runs):
     """Run lth_diffusion.py with these flags, on a dense run already there; the rows of its table."""
     args, parser = lth.parse_args(flags)
     source = dense_runs.setdefault((args.steps, lth.rewind_step(args)), args.out)
-    for job in lth.plan(args):
-        if source != args.out and job.arm in ("dense", "twin"):
-            theta = lth.theta_path(source, job.seed), lth.theta_path(args.out, job.seed)
-            for old, new in ((job.path(source), job.path(args.out)), theta):
-                if os.path.exists(old) and not os.path.exists(new):
-                    os.makedirs(os.path.dirname(new), exist_ok=True)
-                    shutil.copyfile(old, new)
-    os.makedirs(args.out, exist_ok=True)
-    with lth.alone_in(args.out):
-        lth.run(args, parser)
-    return list(lth.read_rows(args).values())
+    return list(lth.run_alone(args, parser, source)[1].values())
 
 
 def longer_flags(flags, imp_rows):

@@ -205,10 +205,7 @@ def run_of(blocks, args):
     flags = ["--dataset", args.dataset, "--preset", preset, "--steps", str(args.steps), "--seeds",
              *map(str, args.seeds), "--out", os.path.join(args.runs, 
                                               f"transfer_{args.dataset}_{args.steps}_{blocks}_blocks")]
-    settings, parser = lth.parse_args([*RUN, *flags])
-    os.makedirs(settings.out, exist_ok=True)
-    with lth.alone_in(settings.out):
-        return lth.run(settings, parser)
+    return lth.run_alone(*lth.parse_args([*RUN, *flags]))
 
 
 def stretched(source, target, rows, seed, names):

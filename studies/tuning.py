@@ -30,7 +30,6 @@ from scipy import stats
 import lth_diffusion as lth
 import metrics
 from ddpm import one_line, positive_int, writable
-from studies import methods
 
 RATES = (0.1, 3)  # of the default rate: the range that rates are drawn from
 BATCHES = (16, 32, 64)
@@ -85,9 +84,10 @@ def run_tickets(name, setting, rest, runs, dataset, seeds):
     """Rows of HEADER of one run of lth_diffusion.py: its dense networks and the arms of its last round."""
     out = os.path.join(runs, f"tuning_{dataset}_lr{setting['lr']:g}_steps{setting['steps']}")
     flags = [part for flag, value in setting.items() for part in (f"--{flag.replace('_', '-')}", str(value))]
-    rows = methods.run([*rest, *flags, "--arms", "rewind", "reinit", "random", "--out", out], {})
-    last = max(row["round"] for row in rows)
-    for row in rows:
+    arms = ["--arms", "rewind", "reinit", "random"]
+    _, rows = lth.run_alone(*lth.parse_args([*rest, *flags, *arms, "--out", out]))
+    last = max(job.round for job in rows)
+    for row in rows.values():
         if row["seed"] in seeds and row["arm"] in ARMS and row["round"] in (0, last):
             yield ["tickets", name, row["seed"], ARMS[row["arm"]], *setting.values(), row["val_loss"],
                    row["fid_domain"]]

@@ -70,11 +70,9 @@ def run(name, args):
     """(experiment, rows) of one variant: the rows of the seeds asked for."""
     options, parser = parse(name, args.rest, args.runs)
     seeds = list(options.seeds)  # the folder may hold more
-    os.makedirs(options.out, exist_ok=True)
     print(f"\n--- {name}: {options.out}", flush=True)
-    with lth.alone_in(options.out):
-        exp, rows = lth.run(options, parser)
-        return exp, {job: row for job, row in rows.items() if job.seed in seeds}, networks(exp, seeds)
+    exp, rows = lth.run_alone(options, parser)
+    return exp, {job: row for job, row in rows.items() if job.seed in seeds}, networks(exp, seeds)
 
 
 def networks(exp, seeds):

@@ -115,33 +115,3 @@ def test_density_by_block_counts_every_weight():
     density = density_by_block(model, live_counts(masks))
     assert list(density.values()) == pytest.approx([0.5] * BLOCKS, abs=1e-3)
     assert sum(live_counts(masks).values()) < sum(mask.numel() for mask in masks.values())
-
-
-def test_flags_make_the_same_settings_again():
-    args, _ = lth.parse_args("--rounds 3 --steps 77 --seeds 1 2 --final-sparsity 0.9 --lr 0.0123".split())
-    again, _ = lth.parse_args(layers.flags_of(args, scope="ramp"))
-    assert vars(again) == vars(args) | dict(scope="ramp")
-
-
-@pytest.mark.parametrize("name, seeds, said", [("imp", "7", "no ticket of seed 7"),
-                                               ("random", "0", "no weight tickets")])
-def test_layers_refuses(compared, capsys, tmp_path, name, seeds, said):
-    with pytest.raises(SystemExit) as stop:
-        layers.main(["--from", str(compared / "runs" / name), "--seeds", seeds, "--out", str(tmp_path)])
-    assert stop.value.code == 2 and said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("step, way", [(-0.1, "falls"), (0.1, "rises")])
-def test_conclusion_over_three_seeds(tmp_path, step, way):
-    """Slopes of 4 step, 4 step + 0.01 and 4 step + 0.02 in the three seeds, whatever the blocks scatter."""
-    table = [[seed, quantity, "ticket, two orders", f"b{k}", 1 + seed + (step + seed / 400) * k]
-             for seed in range(3) for quantity in ("CKA", "1 - R2") for k in range(5)]
-    table += [[seed, "density", "global", f"b{k}", 0.1] for seed in range(3) for k in range(5)]
-    found = {row[0]: row for row in layers.summarise(table) if row[1] == "ticket, two orders"}
-    assert found["slope of CKA"][2:4] == [3, pytest.approx(4 * step + 0.01)]
-    assert found["slope of CKA"][6] == "seeds"
-    said = layers.conclude(list(layers.summarise(table)))
-    assert f"CKA of two tickets of one theta_k {way} with depth" in said and "none to be had" in said
-    assert said.endswith("n=3 seeds.")
-    layers.draw(table, str(tmp_path / "x"), "note")
-    assert (tmp_path / "x_cka.png").exists()
