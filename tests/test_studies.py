@@ -13,7 +13,7 @@ import torch
 import lth_diffusion as lth
 from ddpm import load_images
 from prune import dense_masks, live_counts, prune_magnitude
-from studies import (methods, parity, positive_control, robustness, samplers, scaling, speed,
+from studies import (budget, methods, parity, positive_control, robustness, samplers, scaling, speed,
                      tickets)
 from unet import UNet
 
@@ -200,7 +200,24 @@ def test_positive_control(monkeypatch, capsys, tmp_path):
     assert f"lenet, {100 * first:.1f} % of the weights, n=1 seeds" in capsys.readouterr().out
 
 
-# --- how costs grow
+# --- what training and sizes cost
+
+def test_budget(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=8, mults=(1,), patch=4))
+    flags = "--dataset digits --steps 2 4 --samples 16 --nfe 2 --device cpu"
+    budget.main([*flags.split(), "--out", str(tmp_path)])
+    with open(tmp_path / "budget_digits.csv") as file:
+        rows = [(row["setting"], row["steps"], row["batch"]) for row in csv.DictReader(file)]
+    assert rows == [("plain", "2", "64"), ("tuned", "4", "32"), ("plain", "4", "64"), ("tuned", "8", "32")]
+    assert (tmp_path / "budget_digits.png").stat().st_size > 10_000 and "n=1 seed" in capsys.readouterr().out
+
+
+def test_budget_concludes_by_hand():
+    table = [["plain", 0, 1, 64, 10.0, 0, 9.0, 9.0], ["plain", 0, 2, 64, 20.0, 0, 5.0, 8.0],
+             ["tuned", 0, 2, 32, 10.0, 0, 6.0, 7.0]]
+    assert budget.conclude(table) == ("DDIM: tuned has 6.00 after 10 s, plain after 20 s; ancestral: tuned "
+                                      "has 7.00 after 10 s, plain not within 20 s. n=1 seed(s).")
+
 
 def test_scaling(monkeypatch, tmp_path):
     for name, sizes in dict(BASES=(8, 16), IMAGES=(50, 100), BATCHES=(2, 4), ROUNDS=(1, 2)).items():

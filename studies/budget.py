@@ -1,0 +1,98 @@
+"""What does a second of training buy? The dense network's quality against seconds, in two settings.
+
+    python -m studies.budget --data-dir data                  # MNIST: half an hour on two cores
+    python -m studies.budget --dataset digits --steps 140 280 560
+
+Each point is a training of its own, since the rate decays to 0 at its end: --steps of --batch in the setting
+`plain` (batches of 64 at 2e-3, Adam's usual 0.999), and as many images in smaller and bolder steps in `tuned`
+(batches of 32 at 4e-3, 0.95). Each network is then drawn from with DDIM and with the ancestral sampler, in as
+many evaluations. Seconds are those of training alone, on the machine and threads that the .json names.
+
+What would change our mind about a setting: a curve that lies below it at every number of seconds.
+"""
+import os
+import time
+
+import numpy as np
+
+import lth_diffusion as lth
+from ddpm import DATASETS, positive_int, seed_number, train
+
+SETTINGS = {"plain": dict(batch=64, lr=2e-3, beta2=0.999), "tuned": dict(batch=32, lr=4e-3, beta2=0.95)}
+SAMPLERS = {"ddim": "DDIM", "ddpm": "ancestral"}
+HEADER = ["setting", "seed", "steps", "batch", "seconds", "val_loss", *(f"fid_domain, {s}" for s in
+                                                                        SAMPLERS.values())]
+
+
+def point(exp, name, steps, seed):
+    """One row of HEADER: `steps` steps of 64 images in this setting, from step 0."""
+    setting = SETTINGS[name]
+    steps = steps * 64 // setting["batch"]
+    model, began = exp.new_model(seed), time.monotonic()
+    options = exp.options(lth.Job(seed, 0, "dense"), steps=steps, warmup=max(1, steps // 20),
+                          label=f"{name}, {steps} steps") | setting
+    ema, _ = train(model, exp.diffusion, exp.images, **options)
+    seconds = time.monotonic() - began
+    fids = [exp.quality(exp.draw(ema.model, sampler=sampler))["fid_domain"] for sampler in SAMPLERS]
+    return [name, seed, steps, setting["batch"], seconds, exp.val_loss(ema.model), *fids]
+
+
+def means(table, name, column):
+    """(seconds, values, deviations) of a setting's curve, means over seeds."""
+    found = {}
+    for row in table:
+        if row[0] == name:
+            found.setdefault(row[2], []).append((row[4], row[column]))
+    seconds, values = np.array([np.mean(v, axis=0) for v in found.values()]).T
+    return seconds, values, [np.std([y for _, y in v], ddof=1) if len(v) > 1 else np.nan
+                             for v in found.values()]
+
+
+def draw(table, path, note):
+    """fid_domain against seconds of training, a line a setting and sampler."""
+    series = []
+    for name in dict.fromkeys(row[0] for row in table):
+        for column, sampler in enumerate(SAMPLERS.values(), 6):
+            x, y, spread = means(table, name, column)
+            series.append(dict(label=f"{name}, {sampler}", x=x, y=y, y_low=y - spread, y_high=y + spread,
+                               style="solid" if name == "tuned" else "dashed"))
+    lth.line_chart(series, path, "What a second of training buys", "seconds of training (log)",
+                   "fid_domain (log)", log_x=True, log_y=True, note=note)
+
+
+def conclude(table):
+    """For every point of the tuned curve: after how many seconds the plain one is as good, if ever."""
+    said = []
+    for column, sampler in enumerate(SAMPLERS.values(), 6):
+        (x, y, _), (slow, worse, _) = means(table, "tuned", column), means(table, "plain", column)
+        for seconds, value in zip(x, y):
+            there = slow[worse <= value]
+            way = f"after {there.min():.0f} s" if len(there) else f"not within {slow.max():.0f} s"
+            said.append(f"{sampler}: tuned has {value:.2f} after {seconds:.0f} s, plain {way}")
+    return "; ".join(said) + f". n={len({row[1] for row in table})} seed(s)."
+
+
+def main(argv=None):
+    """The command line."""
+    study = lth.Study("budget", __doc__)
+    add = study.add_argument
+    add("--dataset", choices=list(DATASETS), default="mnist", help="default: mnist")
+    add("--steps", nargs="+", type=positive_int, default=[375, 750, 1500, 3000],
+        help="steps of 64 images, a training each (default: 375 750 1500 3000)")
+    add("--seeds", nargs="+", type=seed_number, default=[0], help="default: 0")
+    with study.arguments(argv, rest=True) as args:
+        exp = lth.Experiment(lth.parse_args(["--dataset", args.dataset, *args.rest])[0])
+        table, path = [], os.path.join(args.out, f"budget_{args.dataset}")
+        for seed in args.seeds:
+            for steps in args.steps:
+                table += [point(exp, name, steps, seed) for name in SETTINGS]
+                study.save(path, HEADER, table, exp.device, n=exp.args.samples, precision=exp.precision)
+                print(f"seed {seed}, {steps} steps of 64: " + ", ".join(
+                    f"{row[0]} {row[4]:.0f} s {row[6]:.2f} {row[7]:.2f}" for row in table[-2:]), flush=True)
+        draw(table, path + ".png", f"{args.dataset}, U-Net {exp.args.preset}, {exp.args.nfe} evaluations a "
+             f"sample, n={exp.args.samples:,} samples a figure, seeds {args.seeds}.")
+    print(f"\n{lth.text_table(HEADER, table)}\n\n{conclude(table)}\n{path}.csv, .json, .png")
+
+
+if __name__ == "__main__":
+    main()
