@@ -134,6 +134,9 @@ def check_args(args, parser):
                                           or args.scope not in ("global", "layer")):
         parser.error("argument --granularity: channel goes with --method imp or oneshot, --score magnitude, "
                      "--scope global or layer")
+    if args.compile and args.granularity == "channel":
+        parser.error("argument --compile: every channel ticket has a shape of its own and would be compiled "
+                     "anew; leave it out")
     if args.method in SCOPES and args.scope not in ("global", SCOPES[args.method]):
         parser.error(f"argument --scope: {args.method} prescribes {SCOPES[args.method]}")
     if args.score == "taylor" and args.method not in ("imp", "oneshot"):
@@ -497,7 +500,8 @@ class Experiment:
             apply_masks(model, masks)
         options = self.options(Job(seed, 0, "rewind"), label=name, start=self.k) | changed
         path = f"{self.args.out}/studies/{name}.pt"
-        key = f"{options} {metrics.weights_hash(model)} {masks and masks_hash(masks)}"
+        used = {name: value for name, value in options.items() if name != "compile" or value}
+        key = f"{used} {metrics.weights_hash(model)} {masks and masks_hash(masks)}"
         if os.path.exists(path):
             state = load_state(path, ("key", "model", "ema"))
             if state["key"] == key:
@@ -996,8 +1000,8 @@ def run_alone(args, parser, source=None, experiment=Experiment):
                 theta = theta_path(source, job.seed), theta_path(args.out, job.seed)
                 for old, new in ((job.path(source), job.path(args.out)), theta):
                     if os.path.exists(old) and not os.path.exists(new):
-                        os.makedirs(os.path.dirname(new), exist_ok=True)
-                        shutil.copyfile(old, new)
+                        with atomic(new) as temporary:
+                            shutil.copyfile(old, temporary)
         return run(args, parser, experiment)
 
 
@@ -1016,17 +1020,17 @@ def finish(exp, rows):
 def open_run(out=None):
     """(Experiment, {job: row}) of a finished run, for the studies; without a name, of the one on digits, of
     which a small one is made where there is none (minutes). OSError for a folder that holds no run."""
-    if out is None:
-        args, parser = parse_args(["--rounds", "2", "--final-sparsity", "0.9"])
-        out = args.out
-        there = os.path.exists(os.path.join(out, "config.json"))
-        if not there or read_config(out)["args"]["rounds"] == args.rounds:
-            run_alone(args, parser)
-    settings, made_by = read_config(out)["args"], read_config(out).get("experiment", "Experiment")
-    if made_by != "Experiment":  # its images are others, latents say
-        raise OSError(f"{out} was made by a {made_by}, which only its own study reads: name another run")
-    args, _ = parse_args(["--dataset", settings["dataset"]])  # the flags that an older run did not know
-    args = argparse.Namespace(**vars(args) | settings | dict(out=out))
+    args, parser = parse_args(["--rounds", "2", "--final-sparsity", "0.9"])
+    small, out, rounds = out is None, out or args.out, args.rounds
+    if not small or os.path.exists(os.path.join(out, "config.json")):
+        found = read_config(out)
+        if found.get("experiment", "Experiment") != "Experiment":  # its images are others, latents say
+            raise OSError(f"{out} was made by a {found['experiment']}, which only its own study reads: name "
+                          "another run")
+        usual, _ = parse_args(["--dataset", found["args"]["dataset"]])  # for flags newer than the run
+        args = argparse.Namespace(**vars(usual) | found["args"] | dict(out=out))
+    if small and args.rounds == rounds and any(job not in read_rows(args) for job in plan(args)):
+        run_alone(args, parser)
     rows = read_rows(args)
     if not rows:
         raise OSError(f"{out} holds no finished runs: name a folder that lth_diffusion.py wrote")

@@ -36,6 +36,7 @@ BATCHES = (16, 32, 64)
 MEMORY = (0.25, 0.5, 1, 2, 4)  # of the default's 1 - EMA decay: a quarter remembers four times as long
 SCHEDULES, BETA2 = ("cosine", "linear", "constant"), (0.9, 0.95, 0.99, 0.999)
 SEARCH_SEED = 2024  # of the draw of settings, apart from all seeds of networks
+SEARCH_NET = 999  # of the search's networks: were it one of --seeds, its dense network would be a chosen one
 TICKETS = "--rounds 2 --final-sparsity 0.9".split()  # 68 and 90 %, as in the studies' small run on digits
 HEADER = ["part", "setting", "seed", "arm", "lr", "batch", "steps", "ema", "lr_schedule", "beta2", "val_loss",
           "fid_domain"]
@@ -84,9 +85,9 @@ def run_tickets(name, setting, rest, runs, dataset, seeds):
     """Rows of HEADER of one run of lth_diffusion.py: its dense networks and the arms of its last round."""
     out = os.path.join(runs, f"tuning_{dataset}_lr{setting['lr']:g}_steps{setting['steps']}")
     flags = [part for flag, value in setting.items() for part in (f"--{flag.replace('_', '-')}", str(value))]
-    arms = ["--arms", "rewind", "reinit", "random"]
+    last = lth.parse_args(rest)[0].rounds
+    arms = ["--arms", "rewind", "reinit", "random", "--control-rounds", str(last)]
     _, rows = lth.run_alone(*lth.parse_args([*rest, *flags, *arms, "--out", out]))
-    last = max(job.round for job in rows)
     for row in rows.values():
         if row["seed"] in seeds and row["arm"] in ARMS and row["round"] in (0, last):
             yield ["tickets", name, row["seed"], ARMS[row["arm"]], *setting.values(), row["val_loss"],
@@ -107,7 +108,7 @@ def arms_of(table, setting, column):
 def gaps(table, setting, other, column):
     """Ticket less another arm, an array over seeds."""
     arms = arms_of(table, setting, column)
-    return np.array([value - arms[other][seed] for seed, value in arms["ticket"].items()])
+    return np.array([value - arms[other][seed] for seed, value in sorted(arms["ticket"].items())])
 
 
 def differences(table):
@@ -134,10 +135,9 @@ def conclude(table):
         said.append(f"Of {len(rank(table))} settings, one seed each, {ranked[0][1]} has the lowest val_loss "
                     f"({ranked[0][10]:.4f}); the default is number {place}. Spearman's rank correlation of "
                     f"val_loss and fid_domain: {rho:+.2f}, n={len(ranked)}.")
-    verdicts = {}
-    for name in dict.fromkeys(row[1] for row in table if row[0] == "tickets"):
-        verdicts[name] = metrics.verdict(arms_of(table, name, 11), margin=lth.MARGIN)
-        said.append(f"{name}: {verdicts[name]}.")
+    names = dict.fromkeys(row[1] for row in table if row[0] == "tickets")
+    verdicts = metrics.verdicts({name: arms_of(table, name, 11) for name in names}, margin=lth.MARGIN)
+    said += [f"{name}: {verdict}." for name, verdict in verdicts.items()]
     known = {verdict.winning for verdict in verdicts.values()}
     if None not in known:
         said.append(f"The verdict {'is the same in all' if len(known) == 1 else 'DIFFERS between'} of them.")
@@ -184,8 +184,8 @@ def main(argv=None):
         exp, path = lth.Experiment(common), os.path.join(args.out, f"tuning_{common.dataset}")
         tried = settings(common, 24 if args.full else args.settings)
         for name, setting in {} if args.quick else tried.items():
-            measured = train_dense(exp, common.seeds[0], name, setting)
-            table.append(["search", name, common.seeds[0], "dense", *setting.values(), *measured])
+            measured = train_dense(exp, SEARCH_NET, name, setting)
+            table.append(["search", name, SEARCH_NET, "dense", *setting.values(), *measured])
             study.save(path, HEADER, table, exp.device, n=common.samples, seeds=common.seeds)
             print(f"{name}: {setting}: val_loss {measured[0]:.4f}, fid_domain {measured[1]:.2f}", flush=True)
         best, name = tried["default"], "default"

@@ -20,6 +20,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(lth, "announce", lambda *_: collections.defaultdict(float))
     monkeypatch.setattr(lth, "VAL_IMAGES", 200)
     monkeypatch.setattr(tuning, "BATCHES", (4, 8, 16))
+    monkeypatch.setattr(tuning, "SEARCH_NET", 0)  # that of the tickets, so that both can be compared
 
 
 def test_tuning(quick, tmp_path, capsys):
@@ -98,3 +99,13 @@ def test_tuning_refuses_unknown_flags(capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         tuning.main(["--nothing", "--out", str(tmp_path)])
     assert stop.value.code == 2 and "--nothing" in capsys.readouterr().err
+
+
+def test_gaps_are_paired_by_seed():
+    """Two settings of equal values, whose seeds stand in another order: they differ by nothing."""
+    table = [["tickets", name, seed, arm, *[0] * 7, seed + (arm == "dense")]
+             for name, seeds in (("a", (1, 0, 2)), ("b", (0, 1, 2))) for arm in ("dense", "ticket")
+             for seed in seeds]
+    assert list(tuning.gaps(table, "a", "dense", 11)) == list(tuning.gaps(table, "b", "dense", 11)) == [-1] * 3
+    table[3][11] += 5  # the ticket of seed 1 in setting a
+    assert list(tuning.gaps(table, "a", "dense", 11)) == [-1, 4, -1]
