@@ -26,6 +26,7 @@ from prune import (apply_masks, dense_masks, density, live_counts, mask_hooks, p
                    random_masks)
 
 LR, BATCH, HELD_OUT = 1.2e-3, 60, 5000  # 1803.03635, figure 2
+LATE = 0.9  # of all steps: a lowest loss after this is the end of the steps, not of learning
 RATE = 0.2  # of every layer a round, half of it in the output layer
 CONTROLS = (3, 7, 10, 13, 17)  # 51, 21, 11, 5.5 and 2.3 % of the weights left, but for the output layer
 HEADER = ["net", "seed", "round", "arm", "weights left", "early stop at step", "test accuracy"]
@@ -138,25 +139,27 @@ def draw(table, column, path, y_label):
                    note=f"Means over {seeds} seed(s), bars: standard deviation. Early stop by held-out loss.")
 
 
-def conclude(table):
-    """A sentence a control round: the ticket's accuracy less each other arm's, paired by seed."""
+def conclude(table, steps):
+    """A sentence a control round: the ticket's accuracy less each other arm's, paired by seed; and when each
+    stopped early, at least that late where it was still learning when its steps were over."""
     said = []
     for round in sorted({row[2] for row in table if row[3] == "reinit"}):
         arms = {}
         for row in table:
             if row[2] == round or row[3] == "dense":
                 arms.setdefault(row[3], {})[row[1]] = row
-        parts = []
+        parts, stops = [], {arm: [row[5] for row in rows.values()] for arm, rows in arms.items()}
         for other in ("dense", "reinit", "random", "oneshot"):
-            pairs = [(arms["rewind"][seed], row) for seed, row in arms[other].items()]
-            gain = np.array([100 * (a[6] - b[6]) for a, b in pairs])
+            gain = np.array([100 * (arms["rewind"][seed][6] - row[6]) for seed, row in arms[other].items()])
             ends = metrics.t_test(gain, 0.05)[1][1:] if len(gain) > 2 else ()
             low_high = " [{:+.2f}, {:+.2f}]".format(*ends) if ends else ""
-            speed = np.mean([b[5] for _, b in pairs]) / np.mean([a[5] for a, _ in pairs])
-            parts.append(f"{other} {gain.mean():+.2f}{low_high} ({speed:.1f} times as fast)")
-        left = 100 * np.mean([row[4] for row in arms["rewind"].values()])
-        said.append(f"{table[0][0]}, {left:.1f} % of the weights, n={len(pairs)} seeds: ticket against "
-                    f"{', '.join(parts)}, in points of test accuracy, 90 % intervals.")
+            parts.append(f"{other} {gain.mean():+.2f}{low_high}")
+        fastest = ", ".join(f"{arm} {'>= ' * (max(found) > LATE * steps)}{np.mean(found):,.0f}"
+                            for arm, found in stops.items())
+        left, n = 100 * np.mean([row[4] for row in arms["rewind"].values()]), len(gain)
+        said.append(f"{table[0][0]}, {left:.1f} % of the weights, n={n} seed{'s' * (n > 1)}: ticket less "
+                    f"{', '.join(parts)} points of test accuracy, "
+                    f"{'90 % intervals' if n > 2 else 'no verdict'}. Early stop at step: {fastest}.")
     return "\n".join(said)
 
 
@@ -179,7 +182,7 @@ def main(argv=None):
                 print(f"{net}, seed {seed}: done", flush=True)
             draw(table, 6, f"{path}_accuracy.png", "test accuracy")
             draw(table, 5, f"{path}_speed.png", "early stop at step")
-            print(f"{conclude(table)}\n{path}.csv, .json, and figures")
+            print(f"{conclude(table, args.steps)}\n{path}.csv, .json, and figures")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ depth  Elastic tickets (2103.16547), here in a U-Net: from 2 residual blocks a l
        and the elastic theta_k under the mask shuffled in each layer.
 
 All train on from the same step k with the same batches, but dense and new initialisations, which train from
-step 0. Paired by seed. Each data set has its own ruler: compare fid_domain within a target. The target's own
-ticket has cost its dense run and every round, a foreign one none of that; copied units move the density a
-little: see `sparsity`. Only depth, one family, one source; nothing on which unit should go where.
+step 0 and so are spared the fresh optimizer that costs the dense network's rewound twin so much. Paired by
+seed. Each data set has its own ruler: compare fid_domain within a target. The target's own ticket has cost
+its dense run and every round, a foreign one none of that; copied units move the density a little: see
+`sparsity`. Only depth, one family, one source; nothing on which unit should go where.
 
 What would change our mind about 'a ticket is more than its layer densities': shuffled foreign masks that do
 as well as the foreign mask; about 'it is made for its data': foreign masks that do as well as the own.
@@ -39,7 +40,9 @@ from unet import PRESETS, ResBlock
 HEADER = ["seed", "from", "to", "network", "sparsity", "steps", "fid_domain", "val_loss", "n"]
 MASKS = ["from", "to", "seed", "other seed", "layer", "IoU", "by chance", "times chance"]
 OWN, SHUFFLED = "own ticket", "own mask, shuffled"
-ROWS = {OWN: "rewind", SHUFFLED: "random", "own mask, new init": "reinit", "dense": "dense"}  # of a run
+ROWS = {OWN: "rewind", SHUFFLED: "random", "own mask, new init": "reinit", "dense": "dense",
+        "dense, rewound": "twin"}  # of a run
+ALIKE = "preset rounds prune_rate granularity schedule prediction".split()  # in a pair
 SOURCE, TARGETS = 2, (3, 1)  # residual blocks a level
 RUN = "--rounds 2 --final-sparsity 0.9 --arms rewind".split()  # flags of the runs of part two
 
@@ -110,7 +113,7 @@ def measure(exp, seed, names, model, masks, start=None):
 def of_run(exp, rows, seed, start, end):
     """Rows of HEADER that the target's run has already."""
     for network, arm in ROWS.items():
-        job = lth.Job(seed, 0 if arm == "dense" else exp.args.rounds, arm)
+        job = lth.Job(seed, 0 if arm in ("dense", "twin") else exp.args.rounds, arm)
         if job in rows:
             row = rows[job]
             yield [seed, start, end, network, row["sparsity"], row["steps"], row["fid_domain"],
@@ -138,10 +141,8 @@ def open_pair(folders):
     if len(found) < 2:
         raise ValueError("--from: name two runs, in folders of different names")
     (a, rows_a), (b, rows_b) = found.values()
-    what = {"--preset": (a.args.preset, b.args.preset), "--rounds": (a.args.rounds, b.args.rounds),
-            "image shapes": (tuple(a.images.shape[1:]), tuple(b.images.shape[1:])),
-            "--granularity": (a.args.granularity, b.args.granularity),
-            "--prune-rate": (a.args.prune_rate, b.args.prune_rate)}
+    what = {"--" + name.replace("_", "-"): (getattr(a.args, name), getattr(b.args, name)) for name in ALIKE}
+    what |= {"image shapes": (tuple(a.images.shape[1:]), tuple(b.images.shape[1:])), "step k": (a.k, b.k)}
     if differ := [f"{name} {one} and {other}" for name, (one, other) in what.items() if one != other]:
         raise ValueError(f"--from: these runs differ in {', '.join(differ)}")
     if a.args.granularity == "channel":
@@ -238,18 +239,19 @@ def across_depth(study, args):
 def conclude(table):
     """For each way, each network's fid_domain and how far it lies from the own ticket's, paired by seed."""
     for way in dict.fromkeys((row[1], row[2]) for row in table):
-        values = {}
-        for row in table:
-            if (row[1], row[2]) == way:
-                values.setdefault(row[3], {})[row[0]] = row[6]
+        values, mine = {}, [row for row in table if (row[1], row[2]) == way]
+        for row in mine:
+            values.setdefault(row[3], {})[row[0]] = row[6]
+        whole = dict.fromkeys(row[3] for row in mine if row[5] == max(row[5] for row in mine))
         own, parts = values.pop(OWN), []
         for network, found in values.items():
             gap = np.array([found[seed] - own[seed] for seed in found])
             ends = " [{:+.2f}, {:+.2f}]".format(*metrics.t_test(gap, 0.05)[1][1:]) if len(gap) > 2 else ""
             parts.append(f"{network} {gap.mean():+.2f}{ends}")
-        verdict = "90 % intervals" if len(own) > 2 else "no verdict"
+        seeds = f"n={len(own)} seed{'s' * (len(own) > 1)}, {'90 % intervals' if len(own) > 2 else 'no verdict'}"
         yield (f"{way[0]} to {way[1]}: own ticket {np.mean(list(own.values())):.2f}; from it "
-               f"{', '.join(parts)} (fid_domain, n={len(own)} seed{'s' * (len(own) > 1)}, {verdict}).")
+               f"{', '.join(parts)} (fid_domain, {seeds}). From step 0, all others from step k with a fresh "
+               f"optimizer: {'; '.join(whole)}.")
 
 
 def finish(table, path, title, note):

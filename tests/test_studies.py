@@ -197,7 +197,15 @@ def test_positive_control(monkeypatch, capsys, tmp_path):
         assert [row["arm"] for row in rows] == ["dense", "rewind", "reinit", "random", "oneshot"]
         assert float(rows[0]["test accuracy"]) > 0.75
         assert len({row["weights left"] for row in rows[1:4]}) == 1
-    assert f"lenet, {100 * first:.1f} % of the weights, n=1 seeds" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"lenet, {100 * first:.1f} % of the weights, n=1 seed:" in said and "no verdict" in said
+
+
+def test_a_stop_at_the_last_steps_is_no_stop():
+    table = [["lenet", 0, round, arm, 0.8, step, 0.9] for round, arm, step in (
+        (0, "dense", 95), (1, "rewind", 40), (1, "reinit", 90), (1, "random", 100), (1, "oneshot", 60))]
+    said = positive_control.conclude(table, 100)
+    assert "dense >= 95, rewind 40, reinit 90, random >= 100, oneshot 60" in said
 
 
 # --- what training and sizes cost
