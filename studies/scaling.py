@@ -7,13 +7,13 @@ slope of log seconds over log size, with its standard error. Memory is the peak 
 before. Parameters grow by the width of the U-Net, so that multiply-accumulates grow with them; images are
 what a figure is made of; rounds are whole small runs on digits, from the first step to the last picture.
 
-What would change our mind about 'costs grow in proportion': an exponent above 1 by more than its error.
+What would change our mind about 'costs grow in proportion': an exponent above 1 by more than twice its
+error. Below 1 is what a fixed cost beside the growing one looks like.
 """
 import contextlib
 import io
 import os
 import tempfile
-import time
 
 import numpy as np
 import torch
@@ -78,7 +78,8 @@ def of_rounds(args):
     for rounds in ROUNDS:
         def work(rounds=rounds):
             with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-                lth.run(*lth.parse_args([*SMALL, "--rounds", str(rounds), "--out", out]))
+                where = ["--device", str(args.device), "--data-dir", args.data_dir, "--out", out]
+                lth.run(*lth.parse_args([*SMALL, "--rounds", str(rounds), *where]))
         yield "the main job, small", rounds, work
 
 
@@ -87,20 +88,18 @@ GROWTH = {"parameters": of_parameters, "images of a batch": of_batches, "images"
 
 
 def measure(name, args):
-    """Rows of HEADER of one kind of growth, median seconds and largest memory over the turns."""
-    works = list(GROWTH[name](args))
-    seconds, memory = np.zeros((args.turns, len(works))), np.zeros((args.turns, len(works)))
-    for turn in range(-1, args.turns):  # the first is to warm up
-        for k, (_, _, work) in enumerate(works):
-            with metrics.PeakMemory(args.device) as before:
-                pass
-            with metrics.PeakMemory(args.device) as peak:
-                began = time.monotonic()
-                work()
-                seconds[turn, k] = time.monotonic() - began  # that of turn -1 is overwritten by the last
-            memory[turn, k] = (peak.bytes - before.bytes) / 1e6 if peak.bytes else np.nan
+    """Rows of HEADER of one kind of growth: median seconds over the turns, and the peak of a first turn, small
+    sizes first: an allocator keeps what a large one took."""
+    works, memory = list(GROWTH[name](args)), []
+    for *_, work in works:
+        with metrics.PeakMemory(args.device) as before:
+            pass
+        with metrics.PeakMemory(args.device) as peak:
+            work()
+        memory.append((peak.bytes - before.bytes) / 1e6 if peak.bytes else np.nan)
+    seconds = metrics.seconds_in_turns([work for *_, work in works], args.turns, 0, args.device)
     return [[what, name, size, float(s), float(m)] for (what, size, _), s, m in zip(
-        works, np.median(seconds, axis=0), memory.max(axis=0))]
+        works, np.median(seconds, axis=0), memory)]
 
 
 def exponents(table):

@@ -223,8 +223,9 @@ def test_budget(monkeypatch, capsys, tmp_path):
 def test_budget_concludes_by_hand():
     table = [["plain", 0, 1, 64, 10.0, 0, 9.0, 9.0], ["plain", 0, 2, 64, 20.0, 0, 5.0, 8.0],
              ["tuned", 0, 2, 32, 10.0, 0, 6.0, 7.0]]
-    assert budget.conclude(table) == ("DDIM: tuned has 6.00 after 10 s, plain after 20 s; ancestral: tuned "
-                                      "has 7.00 after 10 s, plain not within 20 s. n=1 seed(s).")
+    assert budget.conclude(table) == ("DDIM: tuned has 6.00 after 10 s, plain between 10 and 20 s; "
+                                      "ancestral: tuned has 7.00 after 10 s, plain not within 20 s. n=1 "
+                                      "seed(s).")
 
 
 def test_scaling(monkeypatch, tmp_path):
