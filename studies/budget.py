@@ -6,7 +6,7 @@
 Each point is a training of its own, since the rate decays to 0 at its end: --steps of --batch in the setting
 `plain` (batches of 64 at 2e-3, Adam's usual 0.999), and as many images in smaller and bolder steps in `tuned`
 (batches of 32 at 4e-3, 0.95; the EMA forgets as fast per step, so twice as fast per image). Each network is
-then drawn from with DDIM and with the ancestral sampler, in as many evaluations. Seconds are those of training
+then drawn from with DDIM and with the ancestral sampler, in as many evaluations. Seconds are of training
 alone, on the machine and threads that the .json names.
 
 What would change our mind about a setting: a curve that lies below it at every number of seconds.

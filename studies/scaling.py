@@ -88,7 +88,7 @@ GROWTH = {"parameters": of_parameters, "images of a batch": of_batches, "images"
 
 
 def measure(name, args):
-    """Rows of HEADER of one kind of growth: median seconds over the turns, and the peak of a first turn, small
+    """Rows of HEADER of one kind of growth: median seconds of the turns, and the peak of a first turn, small
     sizes first: an allocator keeps what a large one took."""
     works, memory = list(GROWTH[name](args)), []
     for *_, work in works:
