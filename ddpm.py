@@ -700,22 +700,22 @@ class Parser(argparse.ArgumentParser):
 def one_line(parser, out=None):
     """Whatever a user can mend ends in one line and an exit code: 2 for a mistake, 1 for a run that diverged
     or did not fit, 130 for Ctrl-C. out: the folder that keeps what is done, for a run that can go on."""
-    kept = f"What was done before is kept in {out}." if out else "Nothing is kept."
+    kept = f" What was done before is kept in {out}." if out else ""
     try:
         yield
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except FloatingPointError as error:
-        parser.exit(1, f"{error}. {kept}\n")
+        parser.exit(1, f"{error}.{kept}\n")
     except KeyboardInterrupt:
-        parser.exit(130, f"\nstopped. {kept}{' The same command goes on from here.' if out else ''}\n")
+        parser.exit(130, f"\nstopped.{kept}{' The same command goes on from here.' if out else ''}\n")
     except RuntimeError as error:
-        first = str(error).splitlines()[0][:160]
+        first = (str(error).splitlines() or [""])[0][:160]
         if "No working C++ compiler" in first:
             parser.error("argument --compile: no working C++ compiler is here; install one, or leave it out")
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
-        parser.exit(1, f"out of memory ({first}): lower --batch, or choose a smaller --preset. {kept}\n")
+        parser.exit(1, f"out of memory ({first}): lower --batch, or choose a smaller --preset.{kept}\n")
 
 
 def add_training_flags(parser):

@@ -1,7 +1,7 @@
 """Do tickets transfer, to another data set and to a network of another depth?
 
     python -m studies.transfer --from runs/A runs/B           # part one too: two runs of one --preset
-    python -m studies.transfer                                # part two, digits: a quarter of an hour
+    python -m studies.transfer                                # part two, digits: half an hour
     python -m studies.transfer --part depth --seeds 0 1 2 --steps 560
 
 data   Both ways between two finished runs. On B's images, with B's batches and schedule from its step k: B's
