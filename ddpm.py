@@ -827,8 +827,9 @@ def denoiser(model, precision, compile=False):
     """`model` as a callable for sampling and validation: eval mode, autocast where precision is bf16, through
     torch.compile if asked, for batches of any size, since the last one of a figure is often smaller."""
     model.eval()
+    if compile or precision == "bf16":
+        model = copy.deepcopy(model).requires_grad_(False)  # all alike, so that one compilation does for all
     if precision == "bf16":  # cast once: without gradients autocast would cast at every evaluation
-        model = copy.deepcopy(model)
         for layer in model.modules():
             if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
                 layer.bfloat16()
@@ -837,7 +838,7 @@ def denoiser(model, precision, compile=False):
     @torch.inference_mode()
     def predict(x, t):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return network(x.contiguous(memory_format=torch.channels_last), t)
+            return network(x.clone(memory_format=torch.channels_last), t)  # one channel alone has many strides
     return predict
 
 
