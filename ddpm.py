@@ -838,7 +838,7 @@ def denoiser(model, precision, compile=False):
     @torch.inference_mode()
     def predict(x, t):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return network(x.clone(memory_format=torch.channels_last), t)  # one channel alone has many strides
+            return network(x.clone(memory_format=torch.channels_last), t)  # one stride
     return predict
 
 

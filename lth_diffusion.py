@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import datetime
+import functools
 import glob
 import hashlib
 import json
@@ -720,13 +721,17 @@ def read_config(out):
     return found
 
 
+@functools.lru_cache(maxsize=None)
+def commit():
+    """What git says of this code when first asked, before a study's own results count as a change; or None."""
+    with contextlib.suppress(OSError):  # no git here
+        return subprocess.run(["git", "-C", metrics.HERE, "describe", "--always", "--dirty", "--abbrev=12"],
+                              capture_output=True, text=True).stdout.strip() or None
+
+
 def provenance(command, device="cpu", **facts):
     """Where figures come from: command, commit, machine, package versions, and what the caller adds."""
-    commit = None
-    with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(["git", "-C", metrics.HERE, "describe", "--always", "--dirty", "--abbrev=12"],
-                                capture_output=True, text=True).stdout.strip() or None
-    return dict(command=command, commit=commit, device=str(device), processor=processor_name(device),
+    return dict(command=command, commit=commit(), device=str(device), processor=processor_name(device),
                 threads=torch.get_num_threads(),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                               scipy=scipy.__version__, pillow=PIL.__version__)) | facts
@@ -1050,6 +1055,7 @@ class Study(Parser):
         know are no mistake but args.rest, meant for lth_diffusion.py."""
         argv = sys.argv[1:] if argv is None else argv
         self.command, self.began = " ".join([f"python -m {self.prog}", *argv]), time.monotonic()
+        commit()
         args, args.rest = self.parse_known_args(argv)
         if args.rest and not rest:
             self.error(f"unrecognized arguments: {' '.join(args.rest)}")
