@@ -263,8 +263,8 @@ def finish(table, path, title, note):
                            style="points", dots=dots if max(map(len, dots)) > 1 else ()))
     lth.line_chart(series, path + ".png", title, "", "fid_domain (lower is better)",
                    x_ticks=[(n, f"{start} to {end}") for n, (start, end) in enumerate(ways)],
-                   note=f"{note} n={table[0][8]:,} samples a figure, "
-                        f"{len({row[0] for row in table})} seed(s).")
+                   note=f"{note} n={' or '.join(f'{n:,}' for n in sorted({row[8] for row in table}))} "
+                        f"samples a figure, {len({row[0] for row in table})} seed(s).")
     print("", lth.text_table(HEADER, table), "", *conclude(table), f"{path}.csv, .json, .png\n", sep="\n")
 
 
