@@ -723,7 +723,7 @@ def read_config(out):
 
 @functools.lru_cache(maxsize=None)
 def commit():
-    """What git says of this code when first asked, before a study's own results count as a change; or None."""
+    """What git says of this code when first asked, before results count as a change to it; or None."""
     with contextlib.suppress(OSError):  # no git here
         return subprocess.run(["git", "-C", metrics.HERE, "describe", "--always", "--dirty", "--abbrev=12"],
                               capture_output=True, text=True).stdout.strip() or None
