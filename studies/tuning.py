@@ -1,6 +1,6 @@
 """Are hyper-parameters behind the verdict? A search for a better dense network, and the ticket at two rates.
 
-    python -m studies.tuning                                      # digits, one seed: about 20 minutes
+    python -m studies.tuning                                      # digits, one seed: a quarter of an hour
     python -m studies.tuning --quick --seeds 0 1 2                # no search: the default rate and a quarter
     python -m studies.tuning --dataset mnist --data-dir data --seeds 0 1 2 --full    # 24 settings, half steps
 
@@ -167,7 +167,7 @@ def main(argv=None):
     """The command line; what it does not know goes to lth_diffusion.py."""
     study = lth.Study("tuning", __doc__)
     add = study.add_argument
-    add("--settings", type=positive_int, default=8, help="how many to try, the default among them (8)")
+    add("--settings", type=positive_int, default=4, help="how many to try, the default among them (4)")
     add("--quick", action="store_true", help="no search: the default setting and a quarter of its rate")
     add("--half", action="store_true", help="tickets also in half the steps")
     add("--full", action="store_true", help="24 settings, and --half")

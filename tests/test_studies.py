@@ -186,7 +186,8 @@ def test_positive_control(monkeypatch, capsys, tmp_path):
     images, labels = (part[:1400] for part in load_images("digits", "data"))
     pairs = [(images[a:b].float() / 255, labels[a:b]) for a, b in ((0, 1000), (1000, 1060), (1060, 1120))]
     monkeypatch.setattr(positive_control, "load", lambda folder: pairs)
-    positive_control.main(["--seeds", "0", "--steps", "60", "--rounds", "1", "--out", str(tmp_path)])
+    flags = "--nets lenet conv --steps 60 --rounds 1 --out".split()
+    positive_control.main([*flags, str(tmp_path)])
     tables = {}
     for net in ("lenet", "conv"):
         with open(tmp_path / f"positive_control_{net}.csv") as file:
