@@ -248,7 +248,8 @@ def conclude(table):
             gap = np.array([found[seed] - own[seed] for seed in found])
             ends = " [{:+.2f}, {:+.2f}]".format(*metrics.t_test(gap, 0.05)[1][1:]) if len(gap) > 2 else ""
             parts.append(f"{network} {gap.mean():+.2f}{ends}")
-        seeds = f"n={len(own)} seeds, 90 % intervals" if len(own) > 2 else f"n={len(own)}, no verdict"
+        seeds = f"n={len(own)} seed{'s' * (len(own) > 1)}, "
+        seeds += "90 % intervals" if len(own) > 2 else "no verdict"
         yield (f"{way[0]} to {way[1]}: own ticket {np.mean(list(own.values())):.2f}; from it "
                f"{', '.join(parts)} (fid_domain, {seeds}). From step 0, all others from step k with a fresh "
                f"optimizer: {'; '.join(whole)}.")

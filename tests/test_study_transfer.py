@@ -148,7 +148,7 @@ def test_across_data(compared, tmp_path, small, capsys):
     assert len({row["sparsity"] for row in rows if "dense" not in row["network"]}) == 1
     masks = table(tmp_path / "transfer_data_imp_oneshot_masks.csv")
     assert masks[0]["layer"] == "all" and float(masks[0]["times chance"]) > 1 and len(masks) > 10
-    assert "n=1, no verdict" in said and "one seed overlap" in said
+    assert "n=1 seed, no verdict" in said and "one seed overlap" in said
     assert (tmp_path / "transfer_data_imp_oneshot.png").stat().st_size > 5_000
 
 
