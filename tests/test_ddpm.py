@@ -2,7 +2,6 @@
 
 Exact unless a tolerance is written beside the comparison.
 """
-import functools
 import io
 import math
 
@@ -12,7 +11,6 @@ from torch import nn
 
 import ddpm
 from ddpm import Diffusion, batch_at, ddim_step, ddpm_step, dpm_step, learning_rate, predict_x0, sample, train
-from prune import apply_masks, dense_masks, mask_hooks, prunable
 from unet import UNet
 
 SCHEDULES = ("linear", "cosine")
@@ -594,36 +592,6 @@ def test_training_learns_constant_images():
     _, losses = train(model, Diffusion(), data, steps=60, batch=16, lr=1e-2, warmup=5)
     means = [mean for _, mean in losses]
     assert means[0] == pytest.approx(1, abs=0.2) and sum(means[-10:]) / 10 < 0.3
-
-
-def test_what_is_compiled_trains_as_what_is_not(monkeypatch):
-    """A dense network, then a ticket that meets code compiled for another one's weights: once for training,
-    once for sampling. The compiler's own kernels take minutes, so its tracing alone is run."""
-    def backend(graph, inputs):
-        compiled.append(len(inputs))
-        return graph.forward
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    ends, drawn, compiled = {}, {}, []
-    for compile in (True, False):
-        for seed in (0, 1):
-            model = net(seed, mults=(1,), blocks=1)
-            masks = dense_masks(model)
-            if seed:
-                masks = {name: mask * (torch.rand(mask.shape) < 0.2) for name, mask in masks.items()}
-            apply_masks(model, masks)
-            train(model, Diffusion(), torch.full((8, 1, 8, 8), 200, dtype=torch.uint8), steps=4, batch=4,
-                  lr=1e-2, optimizer="sgd", compile=compile, **mask_hooks(model, masks))
-            assert all((p[masks[name] == 0] == 0).all() for name, p in prunable(model).items())
-            ends[compile, seed] = torch.cat([p.detach().flatten() for p in model.parameters()])
-            x, predict = normal(20, 1, 8, 8).float(), ddpm.denoiser(model, "fp32", compile)
-            drawn[compile, seed] = torch.cat([predict(part, torch.tensor([9] * len(part)))
-                                              for part in (x, x[:17])])  # batches of two sizes
-    for seed in (0, 1):
-        for found in (ends, drawn):
-            torch.testing.assert_close(found[True, seed], found[False, seed], rtol=0, atol=1e-6)
-    assert (ends[True, 0] - ends[True, 1]).abs().max() > 0.1
-    assert (drawn[True, 0] - drawn[True, 1]).abs().max() > 1e-3
-    assert len(compiled) == 2
 
 
 def test_bf16_trains_float32_weights():

@@ -1,6 +1,7 @@
 """The studies, each through its command line."""
 import collections
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 import lth_diffusion as lth
-from ddpm import load_images
-from prune import dense_masks, live_counts, prune_magnitude
+from ddpm import Diffusion, denoiser, load_images, train
+from prune import apply_masks, dense_masks, live_counts, mask_hooks, prunable, prune_magnitude
 from studies import (budget, methods, parity, positive_control, robustness, samplers, scaling, speed,
                      tickets)
 from unet import UNet
@@ -129,6 +130,40 @@ def test_speed_of_masks(tmp_path):
     assert len(rows) == 2 and all(float(row["seconds"]) > 0 for row in rows)
     with pytest.raises(SystemExit):
         speed.main(["nothing"])
+
+
+# --- --compile, which the studies of speed time
+
+def test_what_is_compiled_trains_as_what_is_not(monkeypatch):
+    """A dense network, then a ticket that meets code compiled for another one's weights: once for training,
+    once for sampling. The compiler's own kernels take minutes, so its tracing alone is run."""
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    ends, drawn, compiled = {}, {}, []
+    for compile in (True, False):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            model = UNet(base=8, mults=(1,), image_size=8)
+            masks = dense_masks(model)
+            if seed:
+                masks = {name: mask * (torch.rand(mask.shape) < 0.2) for name, mask in masks.items()}
+            apply_masks(model, masks)
+            train(model, Diffusion(), torch.full((8, 1, 8, 8), 200, dtype=torch.uint8), steps=4, batch=4,
+                  lr=1e-2, optimizer="sgd", compile=compile, **mask_hooks(model, masks))
+            assert all((p[masks[name] == 0] == 0).all() for name, p in prunable(model).items())
+            ends[compile, seed] = torch.cat([p.detach().flatten() for p in model.parameters()])
+            x = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+            predict = denoiser(model, "fp32", compile)
+            drawn[compile, seed] = torch.cat([predict(part, torch.tensor([9] * len(part)))
+                                              for part in (x, x[:17])])  # batches of two sizes
+    for seed in (0, 1):
+        for found in (ends, drawn):
+            torch.testing.assert_close(found[True, seed], found[False, seed], rtol=0, atol=1e-6)
+    assert (ends[True, 0] - ends[True, 1]).abs().max() > 0.1
+    assert (drawn[True, 0] - drawn[True, 1]).abs().max() > 1e-3
+    assert len(compiled) == 2
 
 
 # --- studies of a finished run
