@@ -633,11 +633,9 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
     images: uint8 (N, C, H, W) on the model's device. compile: through torch.compile. after_backward(step,
     model) sees the gradients before they are clipped and may return True to leave out this step's update;
     after_step(step, model, optimizer, ema) runs after the update, before the average follows.
-    checkpoint(get_state) is called after every step and calls get_state() when it wants to save; such a
-    state, passed as `state`, goes on from there to the bit. Torch's global generator, which dropout draws
-    from, is seeded anew every step. Under torchrun every rank trains on its share of the same batch; the
-    losses are then those of its share. Raises FloatingPointError for a loss that is not finite, before such
-    a state is handed out.
+    checkpoint(get_state) may call get_state() after any step; such a state, passed as `state`, goes on from
+    there to the bit. Under torchrun every rank trains on, and logs, its share of the same batch. Raises
+    FloatingPointError for a loss that is not finite, before such a state is handed out.
     """
     device = images.device
     model.to(memory_format=torch.channels_last).train()
