@@ -691,7 +691,7 @@ def remove(path):
             os.remove(path)
 
 
-FREE = ("device", "precision", "data_dir", "out", "inception", "seeds")  # may differ when a run goes on
+FREE = ("device", "precision", "compile", "data_dir", "out", "inception", "seeds")  # may differ on going on
 
 
 def check_config(args, parser):

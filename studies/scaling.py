@@ -12,8 +12,10 @@ error. Below 1 is what a fixed cost beside the growing one looks like.
 """
 import contextlib
 import io
+import multiprocessing
 import os
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -87,31 +89,37 @@ GROWTH = {"parameters": of_parameters, "images of a batch": of_batches, "images"
           "rounds": of_rounds}
 
 
+def peak(name, number, args):
+    """MB at the peak of one work above what its process held before; NaN where nobody tells."""
+    *_, work = list(GROWTH[name](args))[number]
+    with metrics.PeakMemory(args.device) as before:
+        pass
+    with metrics.PeakMemory(args.device) as most:
+        work()
+    return (most.bytes - before.bytes) / 1e6 if most.bytes else np.nan
+
+
 def measure(name, args):
-    """Rows of HEADER of one kind of growth: median seconds of the turns, and the peak of a first turn, small
-    sizes first: an allocator keeps what a large one took."""
-    works, memory = list(GROWTH[name](args)), []
-    for *_, work in works:
-        with metrics.PeakMemory(args.device) as before:
-            pass
-        with metrics.PeakMemory(args.device) as peak:
-            work()
-        memory.append((peak.bytes - before.bytes) / 1e6 if peak.bytes else np.nan)
-    seconds = metrics.seconds_in_turns([work for *_, work in works], args.turns, 0, args.device)
+    """Rows of HEADER of one kind of growth: median seconds of the turns, and peaks of memory, each in a
+    process of its own: an allocator keeps what another size took."""
+    works = list(GROWTH[name](args))
+    seconds = metrics.seconds_in_turns([work for *_, work in works], args.turns, 1, args.device)
+    n, spawn = len(works), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as fresh:
+        memory = list(fresh.map(peak, [name] * n, range(n), [args] * n))
     return [[what, name, size, float(s), float(m)] for (what, size, _), s, m in zip(
         works, np.median(seconds, axis=0), memory)]
 
 
 def exponents(table):
-    """Rows (what, grows with, exponent of seconds, its standard error, exponent of memory or None)."""
+    """Rows (what, grows with, exponent of seconds, its standard error, exponent of memory)."""
     found = []
     for what, name in dict.fromkeys((row[0], row[1]) for row in table):
         mine = np.array([row[2:] for row in table if row[:2] == [what, name]], float)  # (sizes, 3)
         size, seconds, memory = np.log(np.maximum(mine, 1e-9)).T
         fit = stats.linregress(size, seconds)
-        enough = bool((mine[:, 2] > 1).all())  # below a megabyte it is the allocator's own
         found.append([what, name, float(fit.slope), float(fit.stderr),
-                      float(stats.linregress(size, memory).slope) if enough else None])
+                      float(stats.linregress(size, memory).slope)])
     return found
 
 
