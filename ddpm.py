@@ -627,12 +627,12 @@ def restore(state, model, ema, opt, log):
 
 def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_schedule="constant", warmup=100,
           optimizer="adam", beta2=0.999, clip=1.0, ema_decay=0.9999, flip=False, seed=0, precision="fp32",
-          compile=False, label="train", after_backward=None, after_step=None, state=None, checkpoint=None):
+          label="train", after_backward=None, after_step=None, state=None, checkpoint=None):
     """Train `model` in place on steps start .. steps-1 of one schedule; return (EMA, [(step, mean loss)]).
 
-    images: uint8 (N, C, H, W) on the model's device. compile: through torch.compile. after_backward(step,
-    model) sees the gradients before they are clipped and may return True to leave out this step's update;
-    after_step(step, model, optimizer, ema) runs after the update, before the average follows.
+    images: uint8 (N, C, H, W) on the model's device. after_backward(step, model) sees the gradients before
+    they are clipped and may return True to leave out this step's update; after_step(step, model, optimizer,
+    ema) runs after the update, before the average follows.
     checkpoint(get_state) may call get_state() after any step; such a state, passed as `state`, goes on from
     there to the bit. Under torchrun every rank trains on, and logs, its share of the same batch. Raises
     FloatingPointError for a loss that is not finite, before such a state is handed out.
@@ -645,7 +645,6 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
         start = restore(state, model, ema, opt, log)
     rank, world = ranks()
     network = DistributedDataParallel(model) if world > 1 else model  # averages gradients over the ranks
-    network = torch.compile(network) if compile else network  # its weights stay the model's: masks still bite
     bar = tqdm(range(start, steps), desc=label, unit="step", mininterval=0.5, leave=False,
                disable=True if rank else None)
     for step in bar:
@@ -675,12 +674,12 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4, lr_sc
 
 # What each data set is trained with unless flags say otherwise: sized for two CPU cores, but for `--preset
 # paper`. In the few steps of digits a short memory of Adam halves fid_domain, 11.9 to 4.9, and the ancestral
-# sampler takes off a sixth of it, 19.0 to 16.2 (one seed, n=250).
+# sampler takes off a sixth of it, 19.0 to 16.2 (one seed, n=250). MNIST: studies/budget.py.
 USUAL = dict(batch=32, lr=4e-3, beta2=0.999, ema=0.995, sampler="ddim", samples=1000)
 DEFAULTS = {
     "digits": dict(preset="tiny", steps=560, batch=32, lr=9e-3, beta2=0.95, ema=0.99, sampler="ddpm",
                    samples=250),
-    "mnist": dict(preset="mnist", steps=2000) | USUAL,
+    "mnist": dict(preset="mnist", steps=2000) | USUAL | dict(beta2=0.95, sampler="ddpm"),
     "fashion": dict(preset="mnist", steps=2000) | USUAL,
     "cifar10": dict(preset="cifar", steps=4000) | USUAL | dict(batch=64, lr=1e-3, ema=0.999),
     "cifar100": dict(preset="cifar", steps=4000) | USUAL | dict(batch=64, lr=1e-3, ema=0.999),
@@ -738,8 +737,8 @@ def add_training_flags(parser):
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 where the hardware has units for it")
-    add("--compile", action="store_true", help="train and sample through torch.compile: it costs minutes "
-        "once, for GPUs and long runs")
+    add("--compile", action="store_true", help="sample through torch.compile: a minute once, for many "
+        "samples; training is not, see README")
     add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
     add("--out", help="folder of the results (default: runs/...)")
 
@@ -890,7 +889,7 @@ def train_one(args):
     ema, losses = train(model, diffusion, images.to(device), steps=args.steps, batch=args.batch, lr=args.lr,
                         lr_schedule=args.lr_schedule, optimizer=args.optimizer, beta2=args.beta2,
                         ema_decay=args.ema, flip=args.dataset.startswith("cifar"), seed=args.seed,
-                        precision=precision, compile=args.compile, warmup=max(1, args.steps // 20))
+                        precision=precision, warmup=max(1, args.steps // 20))
     trained = time.monotonic()
     x_T = torch.randn(args.samples, *images.shape[1:], generator=torch.Generator().manual_seed(args.seed))
     drawn = draw_samples(ema.model, diffusion, x_T, precision, args.sampler, args.nfe, compile=args.compile)

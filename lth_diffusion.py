@@ -368,8 +368,7 @@ class Experiment:
         steps = round(RST_SHARE * a.steps) if job.arm == "transform" else a.steps
         return dict(steps=steps, batch=a.batch, lr=a.lr, lr_schedule=a.lr_schedule, optimizer=a.optimizer,
                     beta2=a.beta2, ema_decay=a.ema, flip=a.dataset.startswith("cifar"), seed=order,
-                    precision=self.precision, compile=a.compile, warmup=max(1, a.steps // 20),
-                    label=str(job)) | changed
+                    precision=self.precision, warmup=max(1, a.steps // 20), label=str(job)) | changed
 
     def hooks(self, job, model, masks):
         """(hooks of ddpm.train, RigL or None) that keep, move or squeeze out this job's masks."""
@@ -501,8 +500,7 @@ class Experiment:
             apply_masks(model, masks)
         options = self.options(Job(seed, 0, "rewind"), label=name, start=self.k) | changed
         path = f"{self.args.out}/studies/{name}.pt"
-        used = {name: value for name, value in options.items() if name != "compile" or value}
-        key = f"{used} {metrics.weights_hash(model)} {masks and masks_hash(masks)}"
+        key = f"{options} {metrics.weights_hash(model)} {masks and masks_hash(masks)}"
         if os.path.exists(path):
             state = load_state(path, ("key", "model", "ema"))
             if state["key"] == key:
@@ -691,7 +689,7 @@ def remove(path):
             os.remove(path)
 
 
-FREE = ("device", "precision", "compile", "data_dir", "out", "inception", "seeds")  # may differ on going on
+FREE = ("device", "precision", "compile", "data_dir", "out", "inception", "seeds")  # may differ later
 
 
 def check_config(args, parser):
@@ -783,14 +781,13 @@ def announce(exp, jobs, rows):
     total = sum(p.numel() for p in model.parameters())
     if len(rows) < len(jobs):
         began = time.monotonic()
-        step, network = time_step(exp, model), time_network(exp, model, a.compile)
-        gain, took = "", time.monotonic() - began
+        network, took, gain = time_network(exp, model, a.compile), time.monotonic() - began, ""
+        step = time_step(exp, model)
+        if exp.precision == "bf16":
+            gain += f"; {time_step(exp, model, precision='fp32') / step:.2f} times as fast as fp32"
         if a.compile:
-            gains = time_step(exp, model, compile=False) / step, time_network(exp, model, False) / network
-            gain = (f"; compiled in {took:.0f} s, a step is {gains[0]:.2f} and sampling {gains[1]:.2f} times "
-                    "as fast")
-        elif exp.precision == "bf16":
-            gain = f"; {time_step(exp, model, precision='fp32') / step:.2f} times as fast as fp32"
+            plain = time_network(exp, model)
+            gain += f"; compiled in {took:.0f} s, sampling {plain / network:.2f} times as fast"
         share = 1 - exp.k / a.steps
         whole = dict.fromkeys(("dense", "reinit", "small"), 1.0) | {"transform": RST_SHARE}
         cost = {arm: a.steps * step * whole.get(arm, share) + (a.samples * a.nfe + VAL_IMAGES) * network

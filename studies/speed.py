@@ -98,11 +98,11 @@ def ours(args):
     model = model.to(memory_format=torch.channels_last)
     x = torch.randn(BATCH, 1, 28, 28, device=args.device).contiguous(memory_format=torch.channels_last)
     steps, draws = {}, {}
-    for compile in (False, True) if shutil.which("c++") else (False,):
-        for p in PRECISIONS:
-            name, network = p + " compiled" * compile, torch.compile(model) if compile else model
-            steps[name] = our_step(network, x, p)
-            draws[name] = lambda p=p, c=compile: sample(denoiser(model, p, c), Diffusion(), x, "ddim", STEPS)
+    for p in PRECISIONS:
+        steps[p] = our_step(model, x, p)
+        for compile in (False, True) if shutil.which("c++") else (False,):
+            draws[p + " compiled" * compile] = lambda p=p, c=compile: sample(
+                denoiser(model, p, c), Diffusion(), x, "ddim", STEPS)
     return model, steps, draws
 
 

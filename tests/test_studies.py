@@ -1,5 +1,6 @@
 """The studies, each through its command line."""
 import collections
+import contextlib
 import csv
 import functools
 import json
@@ -7,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import types
 
 import pytest
 import torch
@@ -135,14 +136,14 @@ def test_speed_of_masks(tmp_path):
 
 # --- --compile, which the studies of speed time
 
-def test_what_is_compiled_trains_as_what_is_not(monkeypatch):
-    """A dense network, then a ticket that meets code compiled for another one's weights: once for training,
-    once for sampling. The compiler's own kernels take minutes, so its tracing alone is run."""
+def test_what_is_compiled_draws_as_what_is_not(monkeypatch):
+    """A dense network, then a ticket that meets code compiled for another one's weights. The compiler's own
+    kernels take minutes, so its tracing alone is run."""
     def backend(graph, inputs):
         compiled.append(len(inputs))
         return graph.forward
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    ends, drawn, compiled = {}, {}, []
+    drawn, compiled = {}, []
     for compile in (True, False):
         for seed in (0, 1):
             torch.manual_seed(seed)
@@ -152,19 +153,15 @@ def test_what_is_compiled_trains_as_what_is_not(monkeypatch):
                 masks = {name: mask * (torch.rand(mask.shape) < 0.2) for name, mask in masks.items()}
             apply_masks(model, masks)
             train(model, Diffusion(), torch.full((8, 1, 8, 8), 200, dtype=torch.uint8), steps=4, batch=4,
-                  lr=1e-2, optimizer="sgd", compile=compile, **mask_hooks(model, masks))
-            assert all((p[masks[name] == 0] == 0).all() for name, p in prunable(model).items())
-            ends[compile, seed] = torch.cat([p.detach().flatten() for p in model.parameters()])
+                  lr=1e-2, optimizer="sgd", **mask_hooks(model, masks))
             x = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
             predict = denoiser(model, "fp32", compile)
             drawn[compile, seed] = torch.cat([predict(part, torch.tensor([9] * len(part)))
                                               for part in (x, x[:17])])  # batches of two sizes
     for seed in (0, 1):
-        for found in (ends, drawn):
-            torch.testing.assert_close(found[True, seed], found[False, seed], rtol=0, atol=1e-6)
-    assert (ends[True, 0] - ends[True, 1]).abs().max() > 0.1
+        torch.testing.assert_close(drawn[True, seed], drawn[False, seed], rtol=0, atol=1e-6)
     assert (drawn[True, 0] - drawn[True, 1]).abs().max() > 1e-3
-    assert len(compiled) == 2
+    assert len(compiled) == 1
 
 
 # --- studies of a finished run
@@ -272,7 +269,11 @@ def test_scaling(monkeypatch, tmp_path):
     monkeypatch.setattr(lth, "draw_everything", lambda *_: None)
     monkeypatch.setattr(lth, "announce", lambda *_: collections.defaultdict(float))
     # a process of its own would know nothing of these changes
-    monkeypatch.setattr(scaling, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(scaling, "ProcessPoolExecutor", lambda *_, **__: contextlib.nullcontext(
+        types.SimpleNamespace(map=map)))
+    some = tuple(map(torch.from_numpy, scaling.draw_digits(100, 0)))
+    for module in (scaling, lth):
+        monkeypatch.setattr(module, "load_images", lambda *_: some)
     scaling.main(["--turns", "1", "--device", "cpu", "--out", str(tmp_path)])
     with open(tmp_path / "scaling.csv") as file:
         rows = list(csv.DictReader(file))
