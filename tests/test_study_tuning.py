@@ -52,7 +52,7 @@ def test_settings_keep_their_ranges_and_their_draw():
     args, _ = lth.parse_args(["--dataset", "mnist"])
     found = tuning.settings(args, 24)
     assert found["default"] == dict(lr=4e-3, batch=32, steps=2000, ema=0.995, lr_schedule="cosine",
-                                    beta2=0.999)
+                                    beta2=0.95)
     assert len(found) == 24 and list(tuning.settings(args, 8).items()) == list(found.items())[:8]
     for one in found.values():
         assert list(one) == tuning.SETTING and one["steps"] * one["batch"] == 64_000
