@@ -185,9 +185,13 @@ def test_norms_have_min_32_or_a_quarter_of_the_channels_as_groups(meta):
 
 
 def test_norm_computes_in_float32():
-    x, norm = torch.randn(2, 8, 4, 4).bfloat16(), GroupNorm(8)
-    assert norm(x).dtype == torch.bfloat16
-    assert torch.equal(norm(x), norm(x.float()).bfloat16())
+    x, norm = 100 + torch.randn(2, 8, 4, 4).bfloat16(), GroupNorm(8)  # bfloat16 knows 100 to 0.5 alone
+    wanted = norm(x.float())
+    assert torch.equal(norm(x), wanted.bfloat16())
+    with torch.inference_mode():
+        found = norm(x.contiguous(memory_format=torch.channels_last))
+    assert found.dtype == torch.bfloat16 and found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.float(), wanted, rtol=2 ** -8, atol=2 ** -8)  # one rounding
 
 
 # ------------------------------------------------------------------------------------------- time and batches
