@@ -8,6 +8,8 @@
 A mask is a dict from parameter name to a bool tensor of the parameter's shape, True where the weight lives.
 Masks cover the weights of Conv2d and Linear layers, never biases or norms. Nothing here knows of training.
 """
+import contextlib
+import itertools
 import math
 import zipfile
 
@@ -463,17 +465,20 @@ def shrink(model, channel_masks):
 def narrower(config, parameters):
     """UNet arguments of the narrower dense network of about `parameters` parameters: the control `small`.
 
-    Only `base` changes, to a multiple of 4 that GroupNorm can split; the nearest count wins.
+    `base` steps by 4, to what GroupNorm can split, and at each the hidden widths of all residual blocks by
+    quarters, in whole groups; the nearest count wins, of equals the one with the widest hidden layers.
     """
-    sizes = {}
-    for base in range(4, config["base"] + 1, 4):
-        try:
-            with torch.device("meta"):
-                model = UNet(**{**config, "base": base})
-        except ValueError:  # a width that GroupNorm cannot split
-            continue
-        sizes[base] = sum(p.numel() for p in model.parameters())
-    return {**config, "base": min(sizes, key=lambda base: abs(sizes[base] - parameters))}
+    sizes = []
+    for base, share in itertools.product(range(4, config["base"] + 1, 4), (1.0, 0.75, 0.5, 0.25)):
+        with contextlib.suppress(ValueError), torch.device("meta"):  # for a width that GroupNorm cannot split
+            full, hidden = UNet(**{**config, "base": base}), {}
+            for name, block in full.named_modules():
+                if isinstance(block, ResBlock):
+                    groups = block.norm2.num_groups
+                    hidden[name] = max(1, round(share * groups)) * (block.conv1.out_channels // groups)
+            found = {**config, "base": base, "hidden": hidden}
+            sizes.append((sum(p.numel() for p in UNet(**found).parameters()), found))
+    return min(sizes, key=lambda size: abs(size[0] - parameters))[1]
 
 
 # --------------------------------------------------------------------------------------------- ticket files
