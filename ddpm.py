@@ -732,7 +732,7 @@ def add_training_flags(parser):
         help="of the noise; sigma: log-uniform levels, as score-based models have them (default: linear)")
     add("--prediction", choices=["eps", "v"], default="eps", help="what the network says (default: eps)")
     add("--samples", type=positive_int, metavar="N", help="images to draw for every measurement")
-    add("--sampler", choices=["ddpm", "ddim", "dpm"], help="default: ddim; digits: ddpm")
+    add("--sampler", choices=["ddpm", "ddim", "dpm"], help="default: ddim; digits, mnist: ddpm")
     add("--nfe", type=evaluations, default=50, help="network evaluations a sample (default: 50)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",

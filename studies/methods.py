@@ -12,14 +12,12 @@ many steps as make its total that of `imp` at the last round ('equal cost').
 What would change our mind about iterating: a method of one cut that is as good at the same total cost.
 """
 import os
-import sys
-import time
 
 import numpy as np
 
 import lth_diffusion as lth
 import metrics
-from ddpm import Parser, one_line, seed_number, writable
+from ddpm import one_line, seed_number
 
 METHODS = {  # name -> flags of lth_diffusion.py; the first is what the others are compared with
     "imp": "--arms rewind reinit random small", "imp-layer": "--scope layer", "imp-ramp": "--scope ramp",
@@ -77,6 +75,15 @@ def lines(name, rows):
                mean("train_macs_total") / 1e12, mean("macs_live") / 1e6, mean("seconds_per_1000")]
 
 
+def once(table):
+    """The table without repetitions of a dense run that several methods share: the one with most seeds."""
+    seen = {}
+    for k, line in enumerate(table):
+        key = (line[0], line[7]) if line[0].startswith("dense") else k
+        seen[key] = max(seen.get(key, line), line, key=lambda one: one[3])
+    return list(seen.values())
+
+
 def draw(table, path, note):
     """fid_domain against sparsity, a line a method; equal-cost runs and controls as single marks."""
     dense = next(line for line in table if line[0] == "dense")
@@ -94,42 +101,31 @@ def draw(table, path, note):
 
 def main(argv=None):
     """The command line; what it does not know goes to lth_diffusion.py."""
-    parser = Parser(prog="studies.methods", description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    study = lth.Study("methods", __doc__)
+    add = study.add_argument
     add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="imp is always among them")
     add("--longer", nargs="*", choices=ONCE, default=list(LONGER), help="run again at imp's total cost")
     add("--more-seeds", nargs="+", type=seed_number, default=[], metavar="S",
         help="further seeds for imp and for the cheap ones, which cut once")
     add("--runs", help="folder of the runs (default: runs/methods_DATASET)")
-    add("--results", default="results", help="folder of methods_DATASET.* (default: results)")
-    args, rest = parser.parse_known_args(argv)
-    command = " ".join(["python -m studies.methods", *(sys.argv[1:] if argv is None else argv)])
-    if not any(flag.startswith("--rounds") for flag in rest):
-        rest = ["--rounds", "3", "--final-sparsity", "0.9", "--control-rounds", "2", "3", *rest]
-    common, _ = lth.parse_args(rest)  # a mistake in them ends here
-    args.runs = args.runs or os.path.join("runs", f"methods_{common.dataset}")
-    began, dense_runs, rows = time.monotonic(), {}, {}
-    with one_line(parser, args.runs):
-        writable([args.results], "--results")
+    with study.arguments(argv, rest=True) as args, one_line(study, args.runs or "runs"):
+        rest, dense_runs, rows = args.rest, {}, {}
+        if not any(flag.startswith("--rounds") for flag in rest):
+            rest = ["--rounds", "3", "--final-sparsity", "0.9", "--control-rounds", "2", "3", *rest]
+        common, _ = lth.parse_args(rest)  # a mistake in them ends here
+        args.runs = args.runs or os.path.join("runs", f"methods_{common.dataset}")
         for name in dict.fromkeys(["imp", *args.only]):
             rows[name] = run(flags_of(name, args, rest), dense_runs)
         for name in args.longer:
             flags = [*flags_of(name, args, rest), "--seeds", *map(str, common.seeds)]
-            flags = longer_flags(flags, rows["imp"])
-            rows[name + LONG] = run(flags, dense_runs)
-    table = [line for name, found in rows.items() for line in lines(name, found)]
-    seen = {}  # the dense run that several share stands once, as the one with the most seeds has it
-    for k, line in enumerate(table):
-        key = (line[0], line[7]) if line[0].startswith("dense") else k
-        seen[key] = max(seen.get(key, line), line, key=lambda one: one[3])
-    table = list(seen.values())
-    path = os.path.join(args.results, f"methods_{common.dataset}")
-    note = (f"{common.dataset}, {common.steps:,} steps of {common.batch} a training, seeds {common.seeds}, "
-            f"n={common.samples:,} samples a figure. Bars: standard deviation over seeds. Equal cost: as "
-            "many training steps in all as imp took.")
-    lth.save_table(path, HEADER, table, **lth.provenance(
-        command, seconds=round(time.monotonic() - began, 1), n=common.samples, seeds=common.seeds))
-    draw(table, path + ".png", note)
+            rows[name + LONG] = run(longer_flags(flags, rows["imp"]), dense_runs)
+        table = once([line for name, found in rows.items() for line in lines(name, found)])
+        path = os.path.join(args.out, f"methods_{common.dataset}")
+        note = (f"{common.dataset}, {common.steps:,} steps of {common.batch} a training, "
+                f"n={common.samples:,} samples a figure. Bars: standard deviation over seeds. Equal cost: as "
+                "many training steps in all as imp took.")
+        study.save(path, HEADER, table, n=common.samples, seeds=[*common.seeds, *args.more_seeds])
+        draw(table, path + ".png", note)
     print(f"\n{lth.text_table(HEADER, table)}\n\n{note}\n{path}.csv, .json, .png")
 
 

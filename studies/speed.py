@@ -13,8 +13,6 @@ left out. Seconds belong to the machine named in results/speed.json; ratios trav
 import importlib
 import os
 import shutil
-import sys
-import time
 
 import numpy as np
 import torch
@@ -23,8 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lth_diffusion as lth
 import metrics
-from ddpm import (Diffusion, Parser, denoiser, one_line, pick_device, pick_precision, positive_int, sample,
-                  writable)
+from ddpm import Diffusion, denoiser, pick_device, pick_precision, positive_int, sample
 from prune import (apply_masks, dense_channels, dense_masks, mask_hooks, prunable, prune_channels,
                    prune_magnitude, rewind, shrink)
 from unet import PRESETS, UNet
@@ -232,29 +229,23 @@ SECTIONS = dict(tickets=ticket_rows, steps=step_rows, limit=limit_rows, cost=cos
 
 def main(argv=None):
     """The command line: time the sections named, print and write the table."""
-    parser = Parser(prog="studies.speed", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)")
+    study, names = lth.Study("speed", __doc__), ", ".join(SECTIONS)
+    add = study.add_argument
+    add("sections", nargs="*", metavar="SECTION", help=f"of {names} (default: all)")
     add("--turns", type=positive_int, default=5, help="pairs behind a figure (default: 5)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
-    add("--out", default="results", help="folder of speed.* (default: results)")
-    args = parser.parse_args(argv)
-    if unknown := set(args.sections) - set(SECTIONS):
-        parser.error(f"no section {', '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
-    command = " ".join(["python -m studies.speed", *(sys.argv[1:] if argv is None else argv)])
-    began, names, rows = time.monotonic(), args.sections, []
-    with one_line(parser):
-        writable([args.out], "--out")
+    with study.arguments(argv) as args:
+        if unknown := set(args.sections) - set(SECTIONS):
+            study.error(f"no section {', '.join(sorted(unknown))}: choose from {names}")
         args.device, _ = pick_device(args.device)
         args.precision, _ = pick_precision("auto", args.device)
-        for name in names or SECTIONS:
+        rows, path = [], os.path.join(args.out, "_".join(["speed", *args.sections]))
+        for name in args.sections or SECTIONS:
             for line in SECTIONS[name](args):
                 rows.append([name, *line])
                 print(f"{line[0]} | {line[1]:.4g} s | {line[2]} | {line[3]:.4g} s | {line[4]:.3g} "
                       f"[{line[5]:.3g}, {line[6]:.3g}]", flush=True)
-    path = os.path.join(args.out, "speed" + "".join(f"_{name}" for name in names))
-    lth.save_table(path, ["section", *HEADER], rows, **lth.provenance(
-        command, args.device, precision=args.precision, seconds=round(time.monotonic() - began, 1)))
+            study.save(path, ["section", *HEADER], rows, args.device, precision=args.precision)
     print(f"\n{lth.text_table(['section', *HEADER], rows)}\n\n{path}.csv, .json")
 
 

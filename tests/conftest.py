@@ -19,5 +19,5 @@ def compared(tmp_path_factory):
         patch.setattr(lth, "draw_everything", lambda *_: None)
         patch.setattr(lth, "announce", lambda *_: collections.defaultdict(float))
         methods.main([*SMALL, "--only", "oneshot", "random", "--longer", "random", "--runs",
-                      str(folder / "runs"), "--results", str(folder)])
+                      str(folder / "runs"), "--out", str(folder)])
     return folder
