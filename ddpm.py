@@ -687,7 +687,10 @@ DEFAULTS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Says a mistake in one line, without the usage before it."""
+    """Says a mistake in one line, without the usage before it; takes flags by their whole names only."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (flags: --help)\n")
@@ -750,15 +753,22 @@ def fill_defaults(args):
             setattr(args, name, value)
 
 
+def number(text, kind=float):
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number")
+
+
 def positive_int(text):
-    value = int(text)
+    value = number(text, int)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
 
 
 def seed_number(text):
-    value = int(text)
+    value = number(text, int)
     if not 0 <= value <= 999:  # beyond, the seeds of masks and of batches would meet
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 999")
     return value
@@ -773,14 +783,14 @@ def evaluations(text):
 
 
 def positive_float(text):
-    value = float(text)
+    value = number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
 def fraction(text):
-    value = float(text)
+    value = number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
     return value

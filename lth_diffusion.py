@@ -35,9 +35,9 @@ import torch.distributed as dist
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import metrics
-from ddpm import (Diffusion, Parser, add_training_flags, as_input, atomic, batch_at, check_finite, denoiser,
-                  draw_samples, fill_defaults, fraction, load_images, one_line, pick_device, pick_precision,
-                  positive_int, ranks, seed_number, train, writable)
+from ddpm import (DEFAULTS, Diffusion, Parser, add_training_flags, as_input, atomic, batch_at, check_finite,
+                  denoiser, draw_samples, fill_defaults, fraction, load_images, one_line, pick_device,
+                  pick_precision, positive_int, ranks, seed_number, train, writable)
 from prune import (RigL, apply_masks, blocks_of, cka_rates, dense_channels, dense_masks, init_scores,
                    live_counts, mask_hooks, narrower, pack_masks, prunable, prune_channels, prune_scores,
                    ramp_rates, random_channels, random_masks, random_scores, rst_hooks, save_ticket, shrink,
@@ -93,7 +93,7 @@ def parse_args(argv=None):
     add_training_flags(parser)
     add = parser.add_argument
     add("--rounds", type=positive_int, default=10, help="prune-and-retrain rounds (default: 10)")
-    add("--prune-rate", type=fraction, default=0.2, help="share of the live weights cut a round: 0.2")
+    add("--prune-rate", type=fraction, help="share of the live weights cut a round (default: 0.2)")
     add("--final-sparsity", type=fraction, help="choose the rate instead so that the last round ends here")
     add("--method", choices=METHODS, default="imp", help="how tickets are found; those that do not iterate "
         "make one run a control round, at the density of that round (default: imp)")
@@ -112,7 +112,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     fill_defaults(args)
     if args.final_sparsity is not None:
+        if args.prune_rate is not None:
+            parser.error("argument --prune-rate: --final-sparsity sets it; give one of them")
         args.prune_rate = 1 - (1 - args.final_sparsity) ** (1 / args.rounds)
+    elif args.prune_rate is None:
+        args.prune_rate = 0.2  # 1803.03635, section 3
     args.control_rounds = sorted(set(args.control_rounds or [args.rounds]))
     args.out = args.out or f"runs/{args.dataset}" + ("" if args.method == "imp" else f"_{args.method}")
     check_args(args, parser)
@@ -690,6 +694,7 @@ def remove(path):
 
 
 FREE = ("device", "precision", "compile", "data_dir", "out", "inception", "seeds")  # may differ later
+EARLIER = dict(beta2=0.999)  # what runs did before there was a flag, where today's default is another
 
 
 def check_config(args, parser):
@@ -697,26 +702,28 @@ def check_config(args, parser):
     begun may be left out of the table."""
     now = vars(args)
     if os.path.exists(os.path.join(args.out, "config.json")):
-        then, usual = read_config(args.out)["args"], vars(parse_args([])[0])
+        then = read_config(args.out)["args"]
         for name in now:
-            made = then.get(name, usual.get(name))  # a run older than a flag did as by default
-            if name not in FREE and made != now[name]:
+            if name not in FREE and then[name] != now[name]:
                 flag = "--" + name.replace("_", "-")
-                parser.error(f"argument {flag}: {args.out} was made with {made}, not "
+                parser.error(f"argument {flag}: {args.out} was made with {then[name]}, not "
                              f"{now[name]}; choose another --out, or the same flags to go on")
         args.seeds = list(dict.fromkeys([*then["seeds"], *args.seeds]))
     return now
 
 
 def read_config(out):
-    """config.json of a run's folder. OSError where there is none, or another file of that name."""
+    """config.json of a run's folder, with flags that are newer than the run as it did without them. OSError
+    where there is none, or another file of that name."""
     path = os.path.join(out, "config.json")
     way_out = "name a folder that lth_diffusion.py wrote, or a new --out"
     found = metrics.read_file(path, way_out)
     if not isinstance(found, dict) or not isinstance(found.get("args"), dict) or "commit" not in found \
-            or not {"seeds", "dataset"} <= set(found["args"]):
+            or found["args"].get("dataset") not in DEFAULTS or not found["args"].get("seeds") \
+            or not isinstance(found["args"].get("rounds"), int):
         raise OSError(f"{path} is damaged: {way_out}")
-    return found
+    usual, _ = parse_args(["--dataset", found["args"]["dataset"]])
+    return found | dict(args=vars(usual) | EARLIER | found["args"])
 
 
 @functools.lru_cache(maxsize=None)
@@ -930,7 +937,8 @@ def draw_quality(exp, rows, note):
     line_chart(series, os.path.join(a.out, "quality_vs_sparsity.png"),
                "Quality of tickets and controls by sparsity", "weights pruned",
                "fid_domain (lower is better)",
-               hlines=levels, x_ticks=ticks, note=f"{note} Bars: standard deviation over seeds.")
+               hlines=levels, x_ticks=ticks,
+               note=note + " Bars: standard deviation over seeds." * (len(a.seeds) > 1))
 
 
 # ------------------------------------------------------------------------------------------------- the job
@@ -1029,8 +1037,7 @@ def open_run(out=None):
         if found.get("experiment", "Experiment") != "Experiment":  # its images are others, latents say
             raise OSError(f"{out} was made by a {found['experiment']}, which only its own study reads: name "
                           "another run")
-        usual, _ = parse_args(["--dataset", found["args"]["dataset"]])  # for flags newer than the run
-        args = argparse.Namespace(**vars(usual) | found["args"] | dict(out=out))
+        args = argparse.Namespace(**found["args"] | dict(out=out))
     if small and args.rounds == rounds and any(job not in read_rows(args) for job in plan(args)):
         run_alone(args, parser)
     rows = read_rows(args)
@@ -1047,15 +1054,18 @@ class Study(Parser):
         self.add_argument("--out", default="results", help=f"folder of {name}* (default: results)")
 
     @contextlib.contextmanager
-    def arguments(self, argv=None, rest=False):
-        """The flags, for a block in which a mistake ends in one line. rest: flags that the study does not
-        know are no mistake but args.rest, meant for lth_diffusion.py."""
+    def arguments(self, argv=None, owned=None):
+        """The flags, for a block in which a mistake ends in one line. owned: the flags of lth_diffusion.py
+        that the study sets itself; where it is given, others than the study's own are args.rest."""
         argv = sys.argv[1:] if argv is None else argv
         self.command, self.began = " ".join([f"python -m {self.prog}", *argv]), time.monotonic()
         commit()
         args, args.rest = self.parse_known_args(argv)
-        if args.rest and not rest:
+        if args.rest and owned is None:
             self.error(f"unrecognized arguments: {' '.join(args.rest)}")
+        for flag in [word.split("=")[0] for word in args.rest]:
+            if flag in owned:
+                self.error(f"argument {flag}: this study sets it itself; leave it out")
         with one_line(self):
             writable([args.out], "--out")
             yield args
@@ -1200,9 +1210,10 @@ def line_chart(series, path, title, x_label, y_label, hlines=(), log_x=False, lo
                    52 + max((_size(label)[0] for _, label in y_axis.ticks()), default=0),
                    WIDTH - 82 - max((_size(row["label"])[0] for row in rows), default=0), log_x, pad=0.05)
     _frame(page, x_axis, y_axis, x_ticks or x_axis.ticks(), x_label, y_label)
-    lonely = [row["label"] for row in rows if row["style"] == "points"]     # they often share their only x,
-    shifts = dict(zip(lonely, np.linspace(-27, 27, len(lonely) + 2)[1:]))   # so they stand side by side
-    for row in rows:
+    for row in rows:    # single marks at one x stand side by side
+        beside = [other["label"] for other in rows if other["style"] == row["style"] == "points"
+                  and set(other["x"]) & set(row["x"])]
+        shifts = dict(zip(beside, np.linspace(-27, 27, len(beside) + 2)[1:])) if len(beside) > 1 else {}
         row["spots"] = [*zip(x_axis(row["x"]) + shifts.get(row["label"], 0), y_axis(row["y"]))]
         if len(row["spots"]) > 40 and row["style"] != "points":    # no markers on a long curve
             row["shape"] = None

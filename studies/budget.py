@@ -19,7 +19,6 @@ import numpy as np
 import lth_diffusion as lth
 from ddpm import DATASETS, positive_int, seed_number, train
 
-# these flags are the settings' own: on the command line they change nothing
 SETTINGS = {"plain": dict(batch=64, lr=2e-3, beta2=0.999), "tuned": dict(batch=32, lr=4e-3, beta2=0.95)}
 SAMPLERS = {"ddim": "DDIM", "ddpm": "ancestral"}
 HEADER = ["setting", "seed", "steps", "batch", "seconds", "val_loss", *(f"fid_domain, {s}" for s in
@@ -83,8 +82,9 @@ def main(argv=None):
     add("--steps", nargs="+", type=positive_int, default=[375, 750, 1500, 3000],
         help="steps of 64 images, a training each (default: 375 750 1500 3000)")
     add("--seeds", nargs="+", type=seed_number, default=[0], help="default: 0")
-    with study.arguments(argv, rest=True) as args:
+    with study.arguments(argv, ("--batch", "--lr", "--beta2", "--sampler")) as args:
         exp = lth.Experiment(lth.parse_args(["--dataset", args.dataset, *args.rest])[0])
+        args.steps, args.seeds = sorted(set(args.steps)), list(dict.fromkeys(args.seeds))
         table, path = [], os.path.join(args.out, f"budget_{args.dataset}")
         for seed in args.seeds:
             for steps in args.steps:

@@ -17,7 +17,7 @@ import numpy as np
 
 import lth_diffusion as lth
 import metrics
-from ddpm import one_line, seed_number
+from ddpm import one_line, seed_number, writable
 
 METHODS = {  # name -> flags of lth_diffusion.py; the first is what the others are compared with
     "imp": "--arms rewind reinit random small", "imp-layer": "--scope layer", "imp-ramp": "--scope ramp",
@@ -28,8 +28,11 @@ METHODS = {  # name -> flags of lth_diffusion.py; the first is what the others a
 }
 ONCE = [name for name, flags in METHODS.items() if "--method" in flags]  # these do not iterate
 LONGER, LONG = ("oneshot", "random", "rigl"), ", equal cost"  # run again at imp's total cost
-HEADER = ["method", "pruned", "live weights", "seeds", "fid_domain", "sd", "val_loss", "total steps",
-          "training TMACs", "live MMACs", "s/1000"]
+OWNED = ("--method", "--scope", "--score", "--granularity", "--arms")  # these make the methods
+HEADER = ["method", "pruned", "live weights", "seeds", "fid_domain", "sd", "over dense", "val_loss",
+          "total steps", "training TMACs", "live MMACs", "s/1000"]
+RUNS = ["method", "seed", "round", "arm", "pruned", "live weights", "fid_domain", "val_loss", "total steps",
+        "train_macs_total"]
 
 
 def flags_of(name, args, rest):
@@ -58,28 +61,45 @@ def longer_flags(flags, imp_rows):
     return [*flags, *out, "--out", args.out + "-longer"]
 
 
+def label_of(name, row):
+    """What a row of one method's run is called."""
+    if row["arm"] in ("dense", "twin"):
+        longer = f", {row['train_steps_total']:,} steps" * (LONG in name)
+        return f"dense{' rewound' * (row['arm'] == 'twin')}{longer}"
+    return name if row["arm"] == "rewind" else f"{name}, {row['arm']}"
+
+
 def lines(name, rows):
-    """Lines of HEADER: one for each round and arm of one method, means over its seeds."""
-    groups = {}
+    """Lines of HEADER: one for each round and arm of one method, means over its seeds. "over dense": the mean
+    of fid_domain less that of the same seed's dense network, trained for as many steps."""
+    groups, dense = {}, {row["seed"]: row["fid_domain"] for row in rows if row["arm"] == "dense"}
     for row in rows:
-        label = {"dense": "dense, longer" if LONG in name else "dense", "rewind": name}.get(
-            row["arm"], f"{name}, {row['arm']}")
-        if row["arm"] not in ("twin", "probe", "transform"):
-            groups.setdefault((label, row["round"]), []).append(row)
+        if row["arm"] not in ("probe", "transform"):
+            groups.setdefault((label_of(name, row), row["round"]), []).append(row)
     for (label, _), group in groups.items():
         def mean(column):
             return float(np.mean([row[column] for row in group]))
         spread = metrics.deviation([row["fid_domain"] for row in group])
         yield [label, f"{100 * group[0]['sparsity']:.1f} %", group[0]["live_weights"], len(group),
-               mean("fid_domain"), spread, mean("val_loss"), round(mean("train_steps_total")),
+               mean("fid_domain"), spread, float(np.mean([row["fid_domain"] - dense[row["seed"]]
+                                                          for row in group])),
+               mean("val_loss"), round(mean("train_steps_total")),
                mean("train_macs_total") / 1e12, mean("macs_live") / 1e6, mean("seconds_per_1000")]
+
+
+def run_lines(rows):
+    """Lines of RUNS, one for each training behind the table."""
+    for name, found in rows.items():
+        for row in found:
+            yield [name, row["seed"], row["round"], row["arm"], row["sparsity"], row["live_weights"],
+                   row["fid_domain"], row["val_loss"], row["train_steps_total"], row["train_macs_total"]]
 
 
 def once(table):
     """The table without repetitions of a dense run that several methods share: the one with most seeds."""
     seen = {}
     for k, line in enumerate(table):
-        key = (line[0], line[7]) if line[0].startswith("dense") else k
+        key = (line[0], line[8]) if line[0].startswith("dense") else k
         seen[key] = max(seen.get(key, line), line, key=lambda one: one[3])
     return list(seen.values())
 
@@ -88,11 +108,12 @@ def draw(table, path, note):
     """fid_domain against sparsity, a line a method; equal-cost runs and controls as single marks."""
     dense = next(line for line in table if line[0] == "dense")
     series = []
-    for label in dict.fromkeys(line[0] for line in table if line[0] != "dense"):
+    for n, label in enumerate(dict.fromkeys(line[0] for line in table if line[0] != "dense")):
         mine = [line for line in table if line[0] == label]
         x, y = ([float(line[1].rstrip(" %")) for line in mine], [line[4] for line in mine])
         spread = [line[5] or np.nan for line in mine]
-        series.append(dict(label=label, x=x, y=y, style="solid" if len(mine) > 1 else "points",
+        style = ("solid", "dashed", "dotted")[n // 7 % 3] if len(mine) > 1 else "points"  # of 7 colours
+        series.append(dict(label=label, x=x, y=y, style=style,
                            y_low=np.subtract(y, spread), y_high=np.add(y, spread)))
     lth.line_chart(series, path, "Every way to find a ticket", "weights pruned (%)",
                    "fid_domain (log scale)", hlines=[("dense", dense[4], "dashed")], log_y=True, height=560,
@@ -108,13 +129,18 @@ def main(argv=None):
     add("--more-seeds", nargs="+", type=seed_number, default=[], metavar="S",
         help="further seeds for imp and for the cheap ones, which cut once")
     add("--runs", help="folder of the runs (default: runs/methods_DATASET)")
-    with study.arguments(argv, rest=True) as args, one_line(study, args.runs or "runs"):
-        rest, dense_runs, rows = args.rest, {}, {}
+    with study.arguments(argv, OWNED) as args, one_line(study, args.runs or "runs"):
+        rest, names, dense_runs, rows = args.rest, dict.fromkeys(["imp", *args.only]), {}, {}
         if not any(flag.startswith("--rounds") for flag in rest):
             rest = ["--rounds", "3", "--final-sparsity", "0.9", "--control-rounds", "2", "3", *rest]
         common, _ = lth.parse_args(rest)  # a mistake in them ends here
+        if len({*common.seeds, *args.more_seeds}) < len(common.seeds) + len(args.more_seeds):
+            study.error("argument --more-seeds: each one once, and none that --seeds names")
         args.runs = args.runs or os.path.join("runs", f"methods_{common.dataset}")
-        for name in dict.fromkeys(["imp", *args.only]):
+        writable([args.runs], "--runs")
+        for name in [*names, *args.longer]:  # what any method cannot do is said before the first one runs
+            lth.parse_args(flags_of(name, args, rest))
+        for name in names:
             rows[name] = run(flags_of(name, args, rest), dense_runs)
         for name in args.longer:
             flags = [*flags_of(name, args, rest), "--seeds", *map(str, common.seeds)]
@@ -122,9 +148,11 @@ def main(argv=None):
         table = once([line for name, found in rows.items() for line in lines(name, found)])
         path = os.path.join(args.out, f"methods_{common.dataset}")
         note = (f"{common.dataset}, {common.steps:,} steps of {common.batch} a training, "
-                f"n={common.samples:,} samples a figure. Bars: standard deviation over seeds. Equal cost: as "
-                "many training steps in all as imp took.")
-        study.save(path, HEADER, table, n=common.samples, seeds=[*common.seeds, *args.more_seeds])
+                f"n={common.samples:,} samples a figure. Bars: standard deviation over seeds; what has none "
+                f"is one seed.{' Equal cost: as many training steps as imp took.' * bool(args.longer)}")
+        facts = dict(n=common.samples, seeds=[*common.seeds, *args.more_seeds], flags=vars(common))
+        study.save(path, HEADER, table, **facts)
+        study.save(path + "_runs", RUNS, list(run_lines(rows)), **facts)
         draw(table, path + ".png", note)
     print(f"\n{lth.text_table(HEADER, table)}\n\n{note}\n{path}.csv, .json, .png")
 

@@ -10,6 +10,7 @@ Everything is timed in turns within one process: A, B, A, B, so that a slow minu
 median of --turns such ratios with the smallest and the largest. Peers that are not installed are named and
 left out. Seconds belong to the machine named in results/speed.json; ratios travel better, not perfectly.
 """
+import contextlib
 import importlib
 import os
 import shutil
@@ -76,7 +77,7 @@ def ticket_rows(args):
 def our_step(model, x, precision):
     """One training step of a plain loop around `model`: loss, gradients, clip, Adam."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
-    diffusion, t = Diffusion(), torch.randint(0, 1000, (len(x),))
+    diffusion, t = Diffusion(), torch.randint(0, 1000, (len(x),), device=x.device)
 
     def step():
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -167,15 +168,13 @@ def step_rows(args):
     model, steps, draws = ours(args)
     for peer in (diffusers, denoising_diffusion_pytorch):
         name = peer.__name__
-        try:
-            importlib.import_module("torchvision_stub")  # lets a torchvision for CUDA load beside a CPU torch
-        except ImportError:
-            pass
+        with contextlib.suppress(ImportError):  # where it is, it lets a torchvision load beside a CPU torch
+            importlib.import_module("torchvision_stub")
         try:
             theirs, their_steps, their_draws = peer(args)
-        except (ImportError, RuntimeError, OSError) as error:
-            print(f"not compared with {name} ({str(error).splitlines()[0]}): pip install "
-                  f"{name.replace('_', '-')}")
+        except (ImportError, RuntimeError, OSError) as error:  # a broken neighbour of it raises the others
+            print(f"not compared with {name}, which does not load ({str(error).splitlines()[0]}); to install "
+                  f"it: pip install {name.replace('_', '-')}")
             continue
         weight = macs_of(model) / macs_of(theirs)
         for what, mine, other in (("training step", steps, their_steps),

@@ -5,8 +5,8 @@
 
 Density by layer and ticket; how much tickets agree (intersection over union of two masks, over what random
 masks of the same layer densities have); CKA by block of the weights they end with; and which weights survive:
-figure 15 of 1803.03635 as a rate, of each tenth of a layer's |w| at the start, how many live. Where the start
-said nothing of the ticket, that rate is the layer's density.
+figure 15 of 1803.03635 as a rate, of each tenth of a layer's |w| at the start, how many live, for the first
+ticket. Where the start said nothing of the ticket, that rate is the layer's density.
 """
 import os
 
@@ -28,8 +28,6 @@ class Ticket:
     def __init__(self, out, seed, round):
         job = lth.Job(seed, round, "rewind")
         state, theta = lth.load_state(job.path(out)), lth.load_state(lth.theta_path(out, seed))
-        if state["channels"] is not None:
-            raise OSError(f"{out}: channel tickets have no weight masks to draw")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.theta_0 = UNet(**state["config"])  # as lth_diffusion.py initialises it
@@ -43,11 +41,21 @@ class Ticket:
 
 
 def tickets_of(folders, round):
-    """The tickets of one round of every folder and seed. OSError, in one line, for what is not there."""
+    """The tickets of one round, or of each run's last, of every folder and seed; what is not there is named.
+    OSError, in one line, where nothing is."""
     found = []
     for out in folders:
         args = lth.read_config(out)["args"]
-        found += [Ticket(out, seed, min(round or args["rounds"], args["rounds"])) for seed in args["seeds"]]
+        for seed in args["seeds"]:
+            job = lth.Job(seed, round or args["rounds"], "rewind")
+            if args["granularity"] == "channel":
+                print(f"left out: {out}, channel tickets have no weight masks")
+            elif not os.path.exists(job.path(out)):
+                print(f"left out: {out}, {job}: not there, or not finished")
+            else:
+                found.append(Ticket(out, seed, job.round))
+    if not found:
+        raise OSError(f"no tickets in {', '.join(folders)}: name finished runs, and a --round that they have")
     shapes = {tuple(mask.shape for mask in ticket.masks.values()) for ticket in found}
     if len(shapes) > 1:
         raise OSError("these runs are of different networks: name runs of one --preset and image size")
@@ -99,7 +107,7 @@ def draw_similarity(tickets, out):
         by_block = lth.block_similarity(tickets[0].end, other.end)
         first = tickets[0]
         same = ("same start" if other.start == first.start else
-                "rewound to another step" if other.seed == first.seed else "other seed")
+                "another start" if other.seed == first.seed else "other seed")
         curves.append(dict(label=f"{k}, {same}", x=range(len(by_block)), y=list(by_block.values())))
     lth.line_chart(curves, os.path.join(out, "tickets_cka.png"), "How alike tickets' weights end, by block",
                    "", "CKA with ticket 0", hlines=[("independent", 0.0, "dotted")],

@@ -183,7 +183,7 @@ def main(argv=None):
     add("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all four")
     add("--runs", help="folder of the runs (default: runs/variants_DATASET, and runs/digits where it fits)")
     table, blocks = [], []
-    with study.arguments(argv, rest=True) as args:
+    with study.arguments(argv, ("--schedule", "--prediction")) as args:
         for name in dict.fromkeys(args.only):
             exp, rows, found = run(name, args)
             table += arm_lines(name, rows, exp.args.rounds)

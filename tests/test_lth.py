@@ -1,6 +1,7 @@
 """The experiment: plan, resume to the bit, refusals, and bad input that ends in one line."""
 import collections
 import csv
+import json
 import os
 import shutil
 import subprocess
@@ -33,6 +34,8 @@ def refusal(capsys, *argv):
     ("--nfe 5000", "--nfe"), ("--nfe 600", "--nfe"), ("--rewind 0.99 --steps 20", "--rewind"),
     ("--device cuda:x", "--device"), ("--granularity channel --method rigl", "--granularity"),
     ("--method rigl --scope ramp", "--scope"), ("--method rst --score taylor", "--score"),
+    ("--prune-rate 0.3 --final-sparsity 0.9", "--prune-rate"), ("--round 3", "--round"),
+    ("--lr x", "x is not a number"), ("--seeds a", "a is not a whole number"),
 ])
 def test_bad_flags_end_in_one_line(capsys, tmp_path, argv, named):
     code, said = refusal(capsys, *argv.split(), "--out", str(tmp_path / "run"))
@@ -65,6 +68,22 @@ def test_plan_has_every_round_its_controls_and_the_twin():
 def test_final_sparsity_sets_the_rate():
     args, _ = lth.parse_args(["--rounds", "4", "--final-sparsity", "0.9"])
     assert abs((1 - args.prune_rate) ** 4 - 0.1) < 1e-12
+
+
+def test_a_run_older_than_a_flag_did_without_it(tmp_path, capsys):
+    """MNIST's beta2 was 0.999 before it was a flag; today's default is another."""
+    out, flags = tmp_path / "run", ["--dataset", "mnist", "--out", str(tmp_path / "run"), "--beta2"]
+    out.mkdir()
+    args, parser = lth.parse_args([*flags, "0.999"])
+    made = {name: value for name, value in vars(args).items() if name != "beta2"}
+    (out / "config.json").write_text(json.dumps(dict(args=made, commit="old")))
+    lth.check_config(args, parser)
+    with pytest.raises(SystemExit):
+        lth.check_config(*lth.parse_args([*flags, "0.95"]))
+    assert "--beta2: " in capsys.readouterr().err
+    (out / "config.json").write_text(json.dumps(dict(args=made | dict(seeds=[]), commit="old")))
+    with pytest.raises(OSError, match="damaged"):
+        lth.read_config(str(out))
 
 
 def results(out):

@@ -81,12 +81,32 @@ def test_methods_table(compared):
     assert steps["dense", "0.0 %"] == 16 and steps["imp", "20.0 %"] == 16 + 16 - k
     assert steps["imp", "36.0 %"] == 16 + 2 * (16 - k) == steps["random, equal cost", "36.0 %"]
     assert steps["oneshot", "36.0 %"] == 16 + 16 - k and steps["random", "36.0 %"] == 16
-    assert steps["dense, longer", "0.0 %"] == 16 + 2 * (16 - k)  # what longer training alone does
+    assert steps["dense, 46 steps", "0.0 %"] == 16 + 2 * (16 - k)  # what longer training alone does
     assert {"imp, reinit", "imp, random", "imp, small"} < {row["method"] for row in rows}
     live = {row["live weights"] for row in rows if row["pruned"] == "36.0 %"}
     assert len(live - {r["live weights"] for r in rows if "small" in r["method"]}) == 1
     assert json.load(open(compared / "methods_digits.json"))["n"] == 16
     assert (compared / "methods_digits.png").stat().st_size > 10_000
+    with open(compared / "methods_digits_runs.csv") as file:
+        fids = {(r["method"], r["round"], r["arm"]): float(r["fid_domain"]) for r in csv.DictReader(file)}
+    over = {(row["method"], row["pruned"]): float(row["over dense"]) for row in rows}
+    assert over["dense", "0.0 %"] == 0
+    ticket, dense = fids["imp", "2", "rewind"], fids["imp", "0", "dense"]
+    assert over["imp", "36.0 %"] == pytest.approx(ticket - dense, abs=1e-3)
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--method random", "argument --method: this study sets it itself"),
+    ("--scope=layer", "argument --scope: this study sets it itself"),
+    ("--more-seeds 0", "argument --more-seeds: each one once"),
+    ("--runs README.md", "choose another --runs"),
+    ("--steps 30", "argument --steps: 30 are too few for rst"),
+])
+def test_methods_says_a_mistake_before_it_runs(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(methods, "run", lambda *_: pytest.fail("it began to run"))
+    with pytest.raises(SystemExit) as stop:
+        methods.main(["--runs", str(tmp_path), "--out", str(tmp_path), *flags.split()])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_methods_share_the_dense_run(compared):
@@ -104,9 +124,10 @@ def test_tickets_pictures(compared, capsys):
     assert len(rows) == 3 and all(0 < float(row["by chance"]) < 1 for row in rows)
     for name in ("density", "overlap", "theta_0", "theta_k", "cka"):
         assert (compared / f"tickets_{name}.png").stat().st_size > 5_000
-    with pytest.raises(SystemExit) as stop:
-        tickets.main([str(compared), "--out", str(compared)])
-    assert stop.value.code == 2 and "config.json" in capsys.readouterr().err
+    for wrong, said in (([str(compared)], "config.json"), ([runs[0], "--round", "9"], "no tickets in")):
+        with pytest.raises(SystemExit) as stop:
+            tickets.main([*wrong, "--out", str(compared)])
+        assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_overlap_and_survival_by_hand():
@@ -284,5 +305,5 @@ def test_scaling(monkeypatch, tmp_path):
 
 def test_exponents_by_hand():
     table = [["a", "n", n, 3 * n ** 1.5, 2.0 * n] for n in (1, 2, 4, 8)]
-    (_, _, exponent, error, memory), = scaling.exponents(table)
-    assert (exponent, memory) == pytest.approx((1.5, 1)) and error < 1e-9
+    (_, _, exponent, error, memory, its_error), = scaling.exponents(table)
+    assert (exponent, memory) == pytest.approx((1.5, 1)) and max(error, its_error) < 1e-9

@@ -95,7 +95,7 @@ def test_the_default_run_is_shared_where_it_is_the_same(tmp_path, monkeypatch):
     assert variants.parse("linear/v", [], None)[0].out == "runs/variants_digits/linear-v"
     assert variants.parse("linear/eps", ["--steps", "99"], None)[0].out == "runs/variants_digits/linear-eps"
     (tmp_path / "runs/digits").mkdir(parents=True)
-    (tmp_path / "runs/digits/config.json").write_text('{"args": {"seeds": [0], "dataset": "digits"}, '
+    (tmp_path / "runs/digits/config.json").write_text('{"args": {"seeds": [0], "dataset": "digits", "rounds": 2}, '
                                                       '"commit": "x"}')
     assert variants.parse("linear/eps", [], None)[0].out == "runs/variants_digits/linear-eps"
 
