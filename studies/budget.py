@@ -1,41 +1,51 @@
 """What does a second of training buy? The dense network's quality against seconds, in two settings.
 
-    python -m studies.budget --data-dir data                  # MNIST: half an hour on two cores
+    python -m studies.budget --data-dir data                  # MNIST: 40 minutes on two cores
     python -m studies.budget --dataset digits --steps 140 280 560
 
 Each point is a training of its own, since the rate decays to 0 at its end: --steps of --batch in the setting
 `plain` (batches of 64 at 2e-3, Adam's usual 0.999), and as many images in smaller and bolder steps in `tuned`
 (batches of 32 at 4e-3, 0.95; the EMA forgets as fast per step, so twice as fast per image). Each network is
 then drawn from with DDIM and with the ancestral sampler, in as many evaluations. Seconds are of training
-alone, on the machine and threads that the .json names.
+alone: steps times the median seconds of a step, both settings timed in turns beforehand, so that a slow
+minute of the machine bends no curve.
 
 What would change our mind about a setting: a curve that lies below it at every number of seconds.
 """
 import os
-import time
 
 import numpy as np
 
 import lth_diffusion as lth
+import metrics
 from ddpm import DATASETS, positive_int, seed_number, train
 
 SETTINGS = {"plain": dict(batch=64, lr=2e-3, beta2=0.999), "tuned": dict(batch=32, lr=4e-3, beta2=0.95)}
+TURNS, STEPS = 9, 20  # of timing
 SAMPLERS = {"ddim": "DDIM", "ddpm": "ancestral"}
 HEADER = ["setting", "seed", "steps", "batch", "seconds", "val_loss", *(f"fid_domain, {s}" for s in
                                                                         SAMPLERS.values())]
 
 
-def point(exp, name, steps, seed):
-    """One row of HEADER: `steps` steps of 64 images in this setting, from step 0."""
+def seconds_a_step(exp):
+    """{setting: median seconds of a training step}, of TURNS turns of STEPS steps each."""
+    models = {name: exp.new_model(0) for name in SETTINGS}
+    works = [lambda name=name: train(models[name], exp.diffusion, exp.images, **exp.options(
+        lth.Job(0, 0, "dense"), steps=STEPS, label="timing") | SETTINGS[name]) for name in SETTINGS]
+    seconds = np.median(metrics.seconds_in_turns(works, TURNS, device=exp.device), axis=0)
+    return dict(zip(SETTINGS, seconds / STEPS))
+
+
+def point(exp, name, steps, seed, seconds):
+    """One row of HEADER: `steps` steps of 64 images in this setting, from step 0; seconds: of one step."""
     setting = SETTINGS[name]
     steps = steps * 64 // setting["batch"]
-    model, began = exp.new_model(seed), time.monotonic()
+    model = exp.new_model(seed)
     options = exp.options(lth.Job(seed, 0, "dense"), steps=steps, warmup=max(1, steps // 20),
                           label=f"{name}, {steps} steps") | setting
     ema, _ = train(model, exp.diffusion, exp.images, **options)
-    seconds = time.monotonic() - began
     fids = [exp.quality(exp.draw(ema.model, sampler=sampler))["fid_domain"] for sampler in SAMPLERS]
-    return [name, seed, steps, setting["batch"], seconds, exp.val_loss(ema.model), *fids]
+    return [name, seed, steps, setting["batch"], steps * seconds, exp.val_loss(ema.model), *fids]
 
 
 def means(table, name, column):
@@ -86,10 +96,12 @@ def main(argv=None):
         exp = lth.Experiment(lth.parse_args(["--dataset", args.dataset, *args.rest])[0])
         args.steps, args.seeds = sorted(set(args.steps)), list(dict.fromkeys(args.seeds))
         table, path = [], os.path.join(args.out, f"budget_{args.dataset}")
+        seconds = seconds_a_step(exp)
         for seed in args.seeds:
             for steps in args.steps:
-                table += [point(exp, name, steps, seed) for name in SETTINGS]
-                study.save(path, HEADER, table, exp.device, n=exp.args.samples, precision=exp.precision)
+                table += [point(exp, name, steps, seed, seconds[name]) for name in SETTINGS]
+                study.save(path, HEADER, table, exp.device, n=exp.args.samples, precision=exp.precision,
+                           seconds_a_step=seconds)
                 print(f"seed {seed}, {steps} steps of 64: " + ", ".join(
                     f"{row[0]} {row[4]:.0f} s {row[6]:.2f} {row[7]:.2f}" for row in table[-2:]), flush=True)
         draw(table, path + ".png", f"{args.dataset}, U-Net {exp.args.preset}, {exp.args.nfe} evaluations a "
