@@ -105,19 +105,20 @@ def once(table):
 
 
 def draw(table, path, note):
-    """fid_domain against sparsity, a line a method; equal-cost runs and controls as single marks."""
+    """fid_domain against sparsity, a line a method; equal-cost runs and controls as single marks. Every round
+    that cuts the same share is as wide."""
     dense = next(line for line in table if line[0] == "dense")
     series = []
     for n, label in enumerate(dict.fromkeys(line[0] for line in table if line[0] != "dense")):
         mine = [line for line in table if line[0] == label]
-        x, y = ([float(line[1].rstrip(" %")) for line in mine], [line[4] for line in mine])
+        x, y = [np.log(dense[2] / line[2]) for line in mine], [line[4] for line in mine]
         spread = [line[5] or np.nan for line in mine]
         style = ("solid", "dashed", "dotted")[n // 7 % 3] if len(mine) > 1 else "points"  # of 7 colours
         series.append(dict(label=label, x=x, y=y, style=style,
                            y_low=np.subtract(y, spread), y_high=np.add(y, spread)))
-    lth.line_chart(series, path, "Every way to find a ticket", "weights pruned (%)",
-                   "fid_domain (log scale)", hlines=[("dense", dense[4], "dashed")], log_y=True, height=560,
-                   note=note)
+    ticks = [(np.log(dense[2] / line[2]), line[1]) for line in table if line[0] in (dense[0], "imp")]
+    lth.line_chart(series, path, "Every way to find a ticket", "weights pruned", "fid_domain (log scale)",
+                   hlines=[("dense", dense[4], "dashed")], log_y=True, height=560, x_ticks=ticks, note=note)
 
 
 def main(argv=None):
