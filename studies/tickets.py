@@ -85,8 +85,9 @@ def draw(tickets, out):
                  note, log=True, x_label="ticket", bar_label="live / all")
     pairs = {(i, j): overlap(a.masks, b.masks) for i, a in enumerate(tickets) for j, b in enumerate(tickets)}
     lth.heat_map([[pairs[i, j][0] / pairs[i, j][1] if i != j else np.nan for j in range(len(tickets))]
-                  for i in range(len(tickets))], names, columns, os.path.join(out, "tickets_overlap.png"),
-                 "How much two tickets agree: IoU over that of random masks", note, x_label="ticket",
+                  for i in range(len(tickets))], [f"{k}: {name}" for k, name in enumerate(names)], columns,
+                 os.path.join(out, "tickets_overlap.png"), "How much two tickets agree: IoU over that of "
+                 "random masks", "Percentages are densities.", log=True, x_label="ticket",
                  bar_label="times chance")
     tenths = [f"{10 * k + 10}" for k in range(TENTHS)]
     for start, title in (("theta_0", "the initial"), ("theta_k", "the rewound")):
