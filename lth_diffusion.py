@@ -1203,7 +1203,8 @@ def line_chart(series, path, title, x_label, y_label, hlines=(), log_x=False, lo
                    shape=None) for label, value, style in hlines]
     rows = [dict(colour=PALETTE[n % len(PALETTE)], shape=list(SHAPES)[n % len(SHAPES)], style="solid",
                  y_low=(), y_high=(), dots=()) | s for n, s in enumerate([*levels, *series], -len(levels))]
-    page = _Page(WIDTH, height + 50, title, note)
+    below = max([50, *(_size(label)[1] + 14 for _, label in x_ticks or ())])    # the axis and its labels
+    page = _Page(WIDTH, height + below, title, note)
     y_axis = _Axis([v for row in rows for part in (row["y"], row["y_low"], row["y_high"], *row["dots"])
                     for v in part], page.top + height, page.top, log_y, from_zero=True)
     x_axis = _Axis([x for row in rows for x in row["x"]] + [x for x, _ in x_ticks or ()],

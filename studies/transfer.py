@@ -190,7 +190,7 @@ def across_data(study, args):
             study.save(path, HEADER, table, a.device, k={name: exp.k for name, (exp, _) in found.items()})
     whole = [row for row in pairs if row[4] == "all"]
     finish(table, path, "Tickets of another data set",
-           f"Preset {a.args.preset}. Each data set has a ruler of its own: compare within a column.")
+           f"Preset {a.args.preset}. Each data set has a ruler of its own: compare marks of one shape.")
     print(f"{lth.text_table(MASKS, whole)}\n{path}_masks.csv, .json")
     for same in (True, False):
         ratio = [row[7] for row in whole if (row[2] == row[3]) == same]
@@ -257,13 +257,14 @@ def conclude(table):
 
 def finish(table, path, title, note):
     """Figure, table and conclusion."""
-    ways, series = list(dict.fromkeys((row[1], row[2]) for row in table)), []
-    for network in dict.fromkeys(row[3] for row in table):
-        dots = [[row[6] for row in table if (row[1], row[2], row[3]) == (*way, network)] for way in ways]
-        series.append(dict(label=network, x=range(len(ways)), y=[np.mean(v) if v else np.nan for v in dots],
-                           style="points", dots=dots if max(map(len, dots)) > 1 else ()))
+    networks, series = list(dict.fromkeys(row[3] for row in table)), []
+    for way in dict.fromkeys((row[1], row[2]) for row in table):
+        dots = [[row[6] for row in table if (row[1], row[2], row[3]) == (*way, name)] for name in networks]
+        series.append(dict(label=" to ".join(way), x=range(len(networks)), style="points",
+                           y=[np.mean(v) if v else np.nan for v in dots],
+                           dots=dots if max(map(len, dots)) > 1 else ()))
     lth.line_chart(series, path + ".png", title, "", "fid_domain (lower is better)",
-                   x_ticks=[(n, f"{start} to {end}") for n, (start, end) in enumerate(ways)],
+                   x_ticks=[(n, name.replace(" ", "\n")) for n, name in enumerate(networks)],
                    note=f"{note} n={' or '.join(f'{n:,}' for n in sorted({row[8] for row in table}))} "
                         f"samples a figure, {len({row[0] for row in table})} seed(s).")
     print("", lth.text_table(HEADER, table), "", *conclude(table), f"{path}.csv, .json, .png\n", sep="\n")
