@@ -1214,7 +1214,7 @@ def line_chart(series, path, title, x_label, y_label, hlines=(), log_x=False, lo
     for row in rows:    # single marks at one x stand side by side
         beside = [other["label"] for other in rows if other["style"] == row["style"] == "points"
                   and set(other["x"]) & set(row["x"])]
-        shifts = dict(zip(beside, np.linspace(-27, 27, len(beside) + 2)[1:])) if len(beside) > 1 else {}
+        shifts = dict(zip(beside, np.linspace(-48, 48, len(beside) + 2)[1:])) if len(beside) > 1 else {}
         row["spots"] = [*zip(x_axis(row["x"]) + shifts.get(row["label"], 0), y_axis(row["y"]))]
         if len(row["spots"]) > 40 and row["style"] != "points":    # no markers on a long curve
             row["shape"] = None
