@@ -11,7 +11,7 @@ median of --turns such ratios with the smallest and the largest. Peers that are 
 left out. Seconds belong to the machine named in results/speed.json; ratios travel better, not perfectly.
 """
 import contextlib
-import importlib
+import importlib.metadata
 import os
 import shutil
 
@@ -163,10 +163,22 @@ def macs_of(model):
     return counter.get_total_flops() / 2
 
 
+PEERS = (diffusers, denoising_diffusion_pytorch)
+
+
+def versions():
+    """{peer: version} of those that are installed."""
+    found = {}
+    for name in [peer.__name__.replace("_", "-") for peer in PEERS]:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def step_rows(args):
     """Training steps and sampling against each peer that is here, per multiply-accumulate of each."""
     model, steps, draws = ours(args)
-    for peer in (diffusers, denoising_diffusion_pytorch):
+    for peer in PEERS:
         name = peer.__name__
         with contextlib.suppress(ImportError):  # where it is, it lets a torchvision load beside a CPU torch
             importlib.import_module("torchvision_stub")
@@ -244,7 +256,8 @@ def main(argv=None):
                 rows.append([name, *line])
                 print(f"{line[0]} | {line[1]:.4g} s | {line[2]} | {line[3]:.4g} s | {line[4]:.3g} "
                       f"[{line[5]:.3g}, {line[6]:.3g}]", flush=True)
-            study.save(path, ["section", *HEADER], rows, args.device, precision=args.precision)
+            study.save(path, ["section", *HEADER], rows, args.device, precision=args.precision,
+                       peers=versions())
     print(f"\n{lth.text_table(['section', *HEADER], rows)}\n\n{path}.csv, .json")
 
 
