@@ -1,7 +1,7 @@
 """Which way of finding a ticket is worth its cost? Every method at equal density and at equal total cost.
 
     python -m studies.methods                                                    # digits, one seed
-    python -m studies.methods --dataset mnist --rounds 13 --control-rounds 7 10 13 --seeds 0 1 2
+    python -m studies.methods --dataset mnist --rounds 13 --control-rounds 7 10 13 --more-seeds 1 2
     python -m studies.methods --only oneshot random rigl                         # some of them
 
 Any other flag goes to lth_diffusion.py. Each method is one run of it, under --runs, and goes on where it
@@ -39,7 +39,7 @@ def flags_of(name, args, rest):
     """The command line of one method's run; those that share a dense run differ in nothing it depends on."""
     arms = [] if "--arms" in METHODS[name] else ["--arms", "rewind"]
     flags = [*rest, *METHODS[name].split(), *arms, "--out", os.path.join(args.runs, name)]
-    if args.more_seeds and name in ["imp", *ONCE]:
+    if args.more_seeds and name in ONCE:
         flags += ["--seeds", *map(str, lth.parse_args(rest)[0].seeds + args.more_seeds)]
     return flags
 
@@ -128,7 +128,7 @@ def main(argv=None):
     add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="imp is always among them")
     add("--longer", nargs="*", choices=ONCE, default=list(LONGER), help="run again at imp's total cost")
     add("--more-seeds", nargs="+", type=seed_number, default=[], metavar="S",
-        help="further seeds for imp and for the cheap ones, which cut once")
+        help="further seeds for the cheap ones, which cut once")
     add("--runs", help="folder of the runs (default: runs/methods_DATASET)")
     with study.arguments(argv, OWNED) as args, one_line(study, args.runs or "runs"):
         rest, names, dense_runs, rows = args.rest, dict.fromkeys(["imp", *args.only]), {}, {}
