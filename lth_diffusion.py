@@ -704,9 +704,9 @@ def check_config(args, parser):
     if os.path.exists(os.path.join(args.out, "config.json")):
         then = read_config(args.out)["args"]
         for name in now:
-            if name not in FREE and then[name] != now[name]:
+            if name not in FREE and then.get(name) != now[name]:
                 flag = "--" + name.replace("_", "-")
-                parser.error(f"argument {flag}: {args.out} was made with {then[name]}, not "
+                parser.error(f"argument {flag}: {args.out} was made with {then.get(name)}, not "
                              f"{now[name]}; choose another --out, or the same flags to go on")
         args.seeds = list(dict.fromkeys([*then["seeds"], *args.seeds]))
     return now
