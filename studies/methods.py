@@ -29,7 +29,7 @@ METHODS = {  # name -> flags of lth_diffusion.py; the first is what the others a
 ONCE = [name for name, flags in METHODS.items() if "--method" in flags]  # these do not iterate
 LONGER, LONG = ("oneshot", "random", "rigl"), ", equal cost"  # run again at imp's total cost
 OWNED = ("--method", "--scope", "--score", "--granularity", "--arms")  # these make the methods
-HEADER = ["method", "pruned", "live weights", "seeds", "fid_domain", "sd", "over dense", "val_loss",
+HEADER = ["method", "round", "pruned", "live weights", "seeds", "fid_domain", "sd", "over dense", "val_loss",
           "total steps", "training TMACs", "live MMACs", "s/1000"]
 RUNS = ["method", "seed", "round", "arm", "pruned", "live weights", "fid_domain", "val_loss", "total steps",
         "train_macs_total"]
@@ -70,21 +70,21 @@ def label_of(name, row):
 
 
 def lines(name, rows):
-    """Lines of HEADER: one for each round and arm of one method, means over its seeds. "over dense": the mean
+    """Dicts of HEADER: one for each round and arm of one method, means over its seeds. "over dense": the mean
     of fid_domain less that of the same seed's dense network, trained for as many steps."""
     groups, dense = {}, {row["seed"]: row["fid_domain"] for row in rows if row["arm"] == "dense"}
     for row in rows:
         if row["arm"] not in ("probe", "transform"):
             groups.setdefault((label_of(name, row), row["round"]), []).append(row)
-    for (label, _), group in groups.items():
+    for (label, number), group in groups.items():
         def mean(column):
             return float(np.mean([row[column] for row in group]))
         spread = metrics.deviation([row["fid_domain"] for row in group])
-        yield [label, f"{100 * group[0]['sparsity']:.1f} %", group[0]["live_weights"], len(group),
-               mean("fid_domain"), spread, float(np.mean([row["fid_domain"] - dense[row["seed"]]
-                                                          for row in group])),
-               mean("val_loss"), round(mean("train_steps_total")),
-               mean("train_macs_total") / 1e12, mean("macs_live") / 1e6, mean("seconds_per_1000")]
+        over = float(np.mean([row["fid_domain"] - dense[row["seed"]] for row in group]))
+        yield dict(zip(HEADER, [
+            label, number, f"{100 * group[0]['sparsity']:.1f} %", group[0]["live_weights"], len(group),
+            mean("fid_domain"), spread, over, mean("val_loss"), round(mean("train_steps_total")),
+            mean("train_macs_total") / 1e12, mean("macs_live") / 1e6, mean("seconds_per_1000")]))
 
 
 def run_lines(rows):
@@ -99,26 +99,59 @@ def once(table):
     """The table without repetitions of a dense run that several methods share: the one with most seeds."""
     seen = {}
     for k, line in enumerate(table):
-        key = (line[0], line[8]) if line[0].startswith("dense") else k
-        seen[key] = max(seen.get(key, line), line, key=lambda one: one[3])
+        key = (line["method"], line["total steps"]) if line["method"].startswith("dense") else k
+        seen[key] = max(seen.get(key, line), line, key=lambda one: one["seeds"])
     return list(seen.values())
 
 
-def draw(table, path, note):
-    """fid_domain against sparsity, a line a method; equal-cost runs and controls as single marks. Every round
-    that cuts the same share is as wide."""
-    dense = next(line for line in table if line[0] == "dense")
-    series = []
-    for n, label in enumerate(dict.fromkeys(line[0] for line in table if line[0] != "dense")):
-        mine = [line for line in table if line[0] == label]
-        x, y = [np.log(dense[2] / line[2]) for line in mine], [line[4] for line in mine]
-        spread = [line[5] or np.nan for line in mine]
-        style = ("solid", "dashed", "dotted")[n // 7 % 3] if len(mine) > 1 else "points"  # of 7 colours
-        series.append(dict(label=label, x=x, y=y, style=style,
-                           y_low=np.subtract(y, spread), y_high=np.add(y, spread)))
-    ticks = [(np.log(dense[2] / line[2]), line[1]) for line in table if line[0] in (dense[0], "imp")]
-    lth.line_chart(series, path, "Every way to find a ticket", "weights pruned", "fid_domain (log scale)",
-                   hlines=[("dense", dense[4], "dashed")], log_y=True, height=560, x_ticks=ticks, note=note)
+def place(line, rounds, last):
+    """(row, columns) that a line of the table fills in the picture: control rounds, and LONG where it took as
+    many training steps in all as imp's last. What is never pruned has one figure for all rounds."""
+    name, number = line["method"].removesuffix(LONG), line["round"]
+    if name != line["method"] or name == f"dense, {last['total steps']:,} steps":
+        return name.split(",")[0], [LONG]
+    if number == 0:
+        return name, rounds if name in ("dense", "dense rewound") else []
+    same_cost = all(line[key] == last[key] for key in ("round", "total steps"))
+    return name, [number] * (number in rounds) + [LONG] * same_cost
+
+
+def draw(table, rounds, path, note):
+    """fid_domain of every method at the control rounds and at equal cost, the best at the top."""
+    imp = {line["round"]: line for line in table if line["method"] == "imp"}
+    last, rows, names = imp[max(imp)], {}, {}
+    for line in table:
+        name, columns = place(line, rounds, last)
+        rows.setdefault(name, {}).update(dict.fromkeys(columns, line["fid_domain"]))
+        if line["method"] == name:
+            other = line["round"] and line["pruned"] != imp[line["round"]]["pruned"]
+            pruned = f" (to {line['pruned']})" if other else " (not pruned)" * (line["round"] == 0)
+            names[name] = f"{name}{pruned}, n={line['seeds']}"
+    order = sorted((name for name in rows if rows[name]), key=lambda name: rows[name].get(rounds[-1], np.inf))
+    lth.heat_map([[rows[name].get(column) for column in [*rounds, LONG]] for name in order],
+                 [names.get(name, name) for name in order],
+                 [*(imp[number]["pruned"] for number in rounds), f"{last['pruned']}\nequal cost"], path,
+                 "Every way to find a ticket: fid_domain", note, log=True, x_label="weights pruned",
+                 bar_label="lower is better")
+
+
+def draw_rounds(table, path, note):
+    """fid_domain against sparsity for what iterates, a line a method. Every round that cuts the same share is
+    as wide."""
+    dense = next(line for line in table if line["method"] == "dense")
+    series, ticks = [], [(0.0, dense["pruned"])]
+    for label in (name for name in METHODS if name not in ONCE):
+        mine = [line for line in table if line["method"] == label]
+        if mine:
+            x = [np.log(dense["live weights"] / line["live weights"]) for line in mine]
+            y, spread = ([line[key] or np.nan for line in mine] for key in ("fid_domain", "sd"))
+            ticks += [(at, line["pruned"]) for at, line in zip(x, mine)] if label == "imp" else []
+            series.append(dict(label=f"{label}, n={mine[0]['seeds']}", x=x, y=y,
+                               y_low=np.subtract(y, spread), y_high=np.add(y, spread)))
+    levels = [(f"{line['method']}, n={line['seeds']}", line["fid_domain"], style) for line in table
+              for name, style in (("dense", "dashed"), ("dense rewound", "dotted")) if line["method"] == name]
+    lth.line_chart(series, path, "Round by round: what iterates", "weights pruned", "fid_domain",
+                   hlines=levels, height=460, x_ticks=ticks, note=note)
 
 
 def main(argv=None):
@@ -149,13 +182,15 @@ def main(argv=None):
         table = once([line for name, found in rows.items() for line in lines(name, found)])
         path = os.path.join(args.out, f"methods_{common.dataset}")
         note = (f"{common.dataset}, {common.steps:,} steps of {common.batch} a training, "
-                f"n={common.samples:,} samples a figure. Bars: standard deviation over seeds; what has none "
-                f"is one seed.{' Equal cost: as many training steps as imp took.' * bool(args.longer)}")
+                f"{common.samples:,} samples a figure; n: seeds.")
         facts = dict(n=common.samples, seeds=[*common.seeds, *args.more_seeds], flags=vars(common))
-        study.save(path, HEADER, table, **facts)
+        cells = [list(line.values()) for line in table]
+        study.save(path, HEADER, cells, **facts)
         study.save(path + "_runs", RUNS, list(run_lines(rows)), **facts)
-        draw(table, path + ".png", note)
-    print(f"\n{lth.text_table(HEADER, table)}\n\n{note}\n{path}.csv, .json, .png")
+        equal = f" Equal cost: as many training steps in all as imp took, n={len(common.seeds)}."
+        draw(table, common.control_rounds, path + ".png", note + equal * bool(args.longer))
+        draw_rounds(table, path + "_rounds.png", f"{note} Bars: standard deviation over seeds.")
+    print(f"\n{lth.text_table(HEADER, cells)}\n\n{note}\n{path}.csv, .json, .png")
 
 
 if __name__ == "__main__":

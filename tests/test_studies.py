@@ -86,7 +86,8 @@ def test_methods_table(compared):
     live = {row["live weights"] for row in rows if row["pruned"] == "36.0 %"}
     assert len(live - {r["live weights"] for r in rows if "small" in r["method"]}) == 1
     assert json.load(open(compared / "methods_digits.json"))["n"] == 16
-    assert (compared / "methods_digits.png").stat().st_size > 10_000
+    for name in ("methods_digits.png", "methods_digits_rounds.png"):
+        assert (compared / name).stat().st_size > 10_000
     with open(compared / "methods_digits_runs.csv") as file:
         fids = {(r["method"], r["round"], r["arm"]): float(r["fid_domain"]) for r in csv.DictReader(file)}
     over = {(row["method"], row["pruned"]): float(row["over dense"]) for row in rows}
