@@ -98,27 +98,14 @@ def to_uint8(x):
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(images, path, columns=10, scale=2, gap=1, background=96):
-    """Write uint8 [N, 1 or 3, H, W] as a PNG grid and return the PIL image; path None writes nothing.
-
-    Each pixel becomes a scale x scale square; grey lines of `gap` pixels separate and surround the images.
-    Raises ValueError for other shapes or dtypes, OSError when the file cannot be written.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
-        raise ValueError(f"save_grid wants uint8 [N, 1 or 3, H, W], not {images.dtype} {list(images.shape)}")
-    tiles = images.cpu().permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)  # [N, h, w, C]
-    n, h, w, c = tiles.shape
-    columns = min(columns, n)
-    rows = math.ceil(n / columns)
-    grid = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), background, np.uint8)
-    for i, tile in enumerate(tiles):
-        y, x = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
-        grid[y:y + h, x:x + w] = tile
-    picture = Image.fromarray(grid[:, :, 0] if c == 1 else grid)
-    if path is not None:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        picture.save(path, format="PNG")
-    return picture
+def save_grid(images, path, columns=10, scale=2):
+    """Write uint8 [N, 1 or 3, H, W] as a PNG; a pixel is a scale x scale square, grey lines between."""
+    columns, grey = min(columns, len(images)), 96
+    tiles = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)  # [N, C, h, w]
+    tiles = F.pad(tiles, (1, 0, 1, 0, 0, 0, 0, -len(tiles) % columns), value=grey)  # [n, C, h, w]
+    grid = tiles.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    grid = F.pad(grid, (0, 0, 0, 1, 0, 1), value=grey)  # [rows * h + 1, columns * w + 1, C]
+    Image.fromarray(grid.squeeze(2).numpy()).save(path)
 
 
 # --- digits: drawn, so that the first command runs anywhere
@@ -753,47 +740,24 @@ def fill_defaults(args):
             setattr(args, name, value)
 
 
-def number(text, kind=float):
-    try:
-        return kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number")
+def checked(kind, fits, what):
+    """A type of flag for argparse: kind(text), where there is such a thing and it fits."""
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return convert
 
 
-def positive_int(text):
-    value = number(text, int)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
-
-
-def seed_number(text):
-    value = number(text, int)
-    if not 0 <= value <= 999:  # beyond, the seeds of masks and of batches would meet
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 999")
-    return value
-
-
-def evaluations(text):
-    value = positive_int(text)
-    if value > 1000 or 1000 // value * value < 950:  # at 600 the chain would begin at t = 599, not at noise
-        raise argparse.ArgumentTypeError(f"{text} evaluations cannot be spread evenly over the chain's 1000 "
-                                         "steps: choose a divisor of 1000")
-    return value
-
-
-def positive_float(text):
-    value = number(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def fraction(text):
-    value = number(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
+positive_int = checked(int, lambda n: n >= 1, "a positive whole number")
+positive_float = checked(float, lambda x: 0 < x < math.inf, "a positive number")
+fraction = checked(float, lambda x: 0 <= x < 1, "in [0, 1)")
+# Beyond, the seeds of masks and of batches would meet.
+seed_number = checked(int, lambda n: 0 <= n <= 999, "a whole number from 0 to 999")
+# At 600 the chain would begin at t = 599, not at noise.
+evaluations = checked(int, lambda n: 1 <= n <= 1000 and 1000 // n * n >= 950,
+                      "a number that the chain's 1000 steps can be spread over: choose a divisor of 1000")
 
 
 def pick_device(name):

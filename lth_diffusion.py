@@ -64,8 +64,6 @@ COLUMNS = """seed round arm sparsity live_weights total_weights fid_domain preci
     fid kid kid_error inception_score precision recall n_samples val_loss train_loss steps
     train_steps_total train_macs_total macs_dense macs_live ticket_bytes train_seconds seconds_per_1000
     train_memory sample_memory""".split()
-
-
 # column -> its name in the table at the end
 QUALITY = dict(fid_domain="fid_domain", precision_domain="prec.", recall_domain="recall", fid="fid",
                kid="kid", inception_score="IS", precision="prec. (I)", recall="recall (I)")
@@ -335,7 +333,7 @@ class Experiment:
         """(model, masks, channels, first step, changed training options): how this arm restarts."""
         masks, channels = self.ticket(job)
         first, changed = self.k, {}
-        if job.arm == "dense":
+        if job.arm in ("dense", "transform"):
             model, first = self.new_model(job.seed), 0
         elif job.arm == "small":
             row = self.load(Job(job.seed, job.round, "rewind"))["row"]
@@ -344,8 +342,6 @@ class Experiment:
             model, first = self.new_model(job.seed, **narrower(model.config, row["live_weights"] + rest)), 0
         elif job.arm == "reinit":
             model, first = self.new_model(REINIT_SEED + job.seed), 0
-        elif job.arm == "transform":
-            model, first = self.new_model(job.seed), 0
         elif job.arm == "rewind" and self.args.method == "rst":
             model, _ = self.rebuild(self.load(self.parent(job)))
         elif job.arm == "finetune":
@@ -537,11 +533,11 @@ class Experiment:
 def block_similarity(a, b):
     """{residual block: mean CKA of its convolutions' weights in two models of one shape} (2310.18823 compares
     tickets so); NaN where every row of a layer is alike."""
-    other, by_block = prunable(b), {}
+    other, by_block, owner = prunable(b), {}, blocks_of(a)
     for name, p in prunable(a).items():
         if p.dim() == 4 and len(p) > 3:
             value = metrics.cka(p.detach().cpu(), other[name].detach().cpu())
-            by_block.setdefault(blocks_of(a)[name], []).append(value)
+            by_block.setdefault(owner[name], []).append(value)
     return {block: float(np.mean(values)) for block, values in by_block.items()}
 
 
@@ -742,15 +738,6 @@ def provenance(command, device="cpu", **facts):
                               scipy=scipy.__version__, pillow=PIL.__version__)) | facts
 
 
-def save_table(path, header, rows, **source):
-    """path.csv and, with the provenance of its figures, path.json. OSError when they cannot be written."""
-    with atomic(path + ".csv") as temporary, open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header] + [[f"{v:.6g}" if isinstance(v, float) else v for v in row]
-                                               for row in rows])
-    with atomic(path + ".json") as temporary:
-        metrics.write_text(temporary, json.dumps(source, indent=1))
-
-
 def check_rounds(rounds, jobs):
     """ValueError when --rounds, as the studies have it, names one that none of the jobs is of."""
     if absent := sorted(set(rounds) - {job.round for job in jobs}):
@@ -823,11 +810,11 @@ def time_step(exp, model, repeats=5, **changed):
     return float(np.median(np.diff(marks)[1:]))
 
 
-def time_network(exp, model, compile=False, batch=256, repeats=3):
+def time_network(exp, model, compile=False, batch=256):
     """Median seconds of one network evaluation of one image in a sampling batch."""
     predict, x = denoiser(model, exp.precision, compile), exp.x_T(batch).to(exp.device)
     t = torch.zeros(batch, dtype=torch.int64, device=exp.device)
-    return metrics.seconds_per_1000(lambda: predict(x, t), batch, repeats=repeats, device=exp.device) / 1000
+    return float(np.median(metrics.seconds_in_turns([lambda: predict(x, t)], 3, device=exp.device))) / batch
 
 
 def clock(seconds):
@@ -1022,8 +1009,8 @@ def finish(exp, rows):
     draw_everything(exp, rows)
     header, table = summarise(rows, exp.floor, len(exp.real))
     table_text, said = text_table(header, table), conclude(exp, rows)
-    with atomic(os.path.join(args.out, "table.md")) as temporary, open(temporary, "w") as file:
-        file.write(markdown_table(header, table) + "\n\n" + said + "\n")
+    with atomic(os.path.join(args.out, "table.md")) as temporary:
+        metrics.write_text(temporary, f"{markdown_table(header, table)}\n\n{said}")
     print(f"\n{table_text}\n\n{said}\n\nPictures and tables: {args.out}/")
 
 
@@ -1072,8 +1059,13 @@ class Study(Parser):
 
     def save(self, path, header, table, device="cpu", **facts):
         """path.csv, and path.json with where its figures come from."""
-        save_table(path, header, table, **provenance(
-            self.command, device, seconds=round(time.monotonic() - self.began, 1), **facts))
+        cells = [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in table]
+        with atomic(path + ".csv") as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([header, *cells])
+        seconds = round(time.monotonic() - self.began, 1)
+        with atomic(path + ".json") as temporary:
+            metrics.write_text(temporary, json.dumps(provenance(
+                self.command, device, seconds=seconds, **facts), indent=1))
 
 
 def main(argv=None):

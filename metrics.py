@@ -1,11 +1,9 @@
-"""
-python metrics.py --check-inception [--inception PATH --data-dir DIR]   # FID of CIFAR-10's test
-python metrics.py --train-classifier mnist                           # makes results/classifiers/mnist.pt anew
+"""What a model is worth and what it costs: Inception, FID, IS, KID, precision and recall, a domain
+classifier, CKA, multiply-accumulates, seconds, bytes, and the verdict over seeds.
 
-What a model is worth and what it costs: Inception, FID, IS, KID, precision and recall, a domain classifier,
-CKA, multiply-accumulates, seconds, bytes, and the verdict over seeds.
+    python metrics.py --check-inception [--inception PATH --data-dir DIR]    # FID of CIFAR-10's test
+    python metrics.py --train-classifier mnist                   # makes results/classifiers/mnist.pt anew
 """
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -15,7 +13,6 @@ import io
 import json
 import math
 import os
-import sys
 import timeit
 
 import numpy as np
@@ -47,6 +44,8 @@ def atomic(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save's own class for a write that failed
+        raise OSError(f"{path} could not be written, is the disk full? ({str(error).splitlines()[0]})")
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -226,10 +225,9 @@ def load_inception(path=None, root=None, cache=CACHE):
 
 # --- features, weights and their statistics ----------------------------------------------------------------
 
-def features(model, images, batch=64, device=None, logits=False):
+def features(model, images, batch=64, logits=False):
     """Features float32 [N, D], on the CPU, of images uint8 [N, C, H, W]; or (features, logits [N, K])."""
-    device = device or next(model.parameters()).device
-    model = model.to(device).eval()
+    device, model = next(model.parameters()).device, model.eval()
     with full_precision():
         outs = [[out.float().cpu() for out in model(part.to(device))]
                 for part in progress(check_images(images).split(batch), "features")]
@@ -281,22 +279,6 @@ def fid(feats, reference):
     """frechet_distance of feats [N, D] from reference, a pair (mu, sigma) or features [M, D]."""
     reference = reference if isinstance(reference, (tuple, list)) else statistics(reference)
     return frechet_distance(*statistics(feats), *reference)
-
-
-def fid_jackknife(feats, reference, groups=20, seed=47):
-    """Standard error of fid(feats [N, D], reference) over draws of N images: delete-a-group jackknife, whose
-    values share their bias (~ 1/N); a bootstrap's repeats add it once more. Up to sqrt(2) too much when feats
-    come from the reference's distribution: FID has no slope there. ValueError unless 2 <= groups <= N / 2.
-    """
-    feats = torch.as_tensor(feats)
-    if not 2 <= groups <= len(feats) // 2:
-        raise ValueError(f"groups={groups} of {len(feats)} features cannot be had: from 2 to half as many")
-    reference = reference if isinstance(reference, (tuple, list)) else statistics(reference)
-    # At random, since files have an order: neighbours in MNIST share a writer. Not by generator 0, which
-    # others shuffle with: the same permutation twice would deal neighbours out evenly again.
-    member = torch.randperm(len(feats), generator=torch.Generator().manual_seed(seed)) % groups
-    values = np.array([fid(feats[member != group], reference) for group in range(groups)])
-    return float(math.sqrt((groups - 1) * values.var()))
 
 
 def inception_score(probs, splits=10):
@@ -362,19 +344,17 @@ def same_width(x, y):
     return x, y
 
 
-def cka(weights_a, weights_b, kernel="rbf"):
+def cka(weights_a, weights_b):
     """Centred kernel alignment (1905.00414) of two weight tensors [n >= 4 output channels, ...], row i with
     row i: 1 for equal ones, about 0 for independent ones, NaN where all rows of one are alike (pruned away).
-    HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), unbiased (the biased HSIC gives 0.9 on independent weights).
-    kernel: 'linear', or 'rbf' with the median squared distance as 2 sigma^2. ValueError for anything else.
+    HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), unbiased (the biased HSIC gives 0.9 on independent weights), of
+    Gaussian kernels with the median squared distance as 2 sigma^2. ValueError for other shapes.
     """
     a, b = (torch.as_tensor(w).detach().cpu().double().flatten(1) for w in (weights_a, weights_b))  # (n, D)
-    if len(a) != len(b) or len(a) < 4 or kernel not in ("linear", "rbf"):
-        raise ValueError(f"cka: {len(a)}, {len(b)} rows, not equally many >= 4, or no kernel {kernel!r}")
+    if len(a) != len(b) or len(a) < 4:
+        raise ValueError(f"cka: {len(a)}, {len(b)} rows, not equally many >= 4")
 
     def gram(w):
-        if kernel == "linear":
-            return w @ w.T
         distances = squared_distances(w, w)
         median = distances[~torch.eye(len(w), dtype=torch.bool)].median()
         return torch.exp(-distances / median) if median > 0 else torch.ones_like(distances)
@@ -392,12 +372,12 @@ def u_centred(k):
     return k - torch.diag(k.diagonal())
 
 
-def reference_statistics(model, images, dataset, split="train", cache=CACHE, **options):
-    """(mu, sigma) of features(model, images, **options), cached by data set, split, images and extractor."""
-    key = f"{dataset}-{split}-n{len(images)}-{images_hash(images)}-{weights_hash(model)}"
+def reference_statistics(model, images, dataset, cache=CACHE):
+    """(mu, sigma) of features(model, training images), cached by data set, images and extractor."""
+    key = f"{dataset}-train-n{len(images)}-{images_hash(images)}-{weights_hash(model)}"
     path = os.path.join(cache, f"statistics-{key}.pt")
     if not os.path.exists(path):
-        pair = statistics(features(model, images, **options))
+        pair = statistics(features(model, images))
         with atomic(path) as temporary:
             torch.save(list(pair), temporary)
     return tuple(read_file(path, REMAKE))
@@ -434,7 +414,7 @@ def floor(model, train_images, test_images, n, dataset, cache=CACHE):
     path = os.path.join(cache, "floors.json")
     known = read_file(path, REMAKE) if os.path.exists(path) else {}
     if key not in known:  # what another run writes meanwhile is lost, and made anew when it is asked for
-        reference = reference_statistics(model, train_images, dataset, "train", cache)
+        reference = reference_statistics(model, train_images, dataset, cache)
         real = features(model, some)
         found = [quality(model, draw, real, reference) for draw in test_images.split(n)]
         known[key] = {name: float(np.mean([columns[name] for columns in found])) for name in found[0]}
@@ -486,11 +466,6 @@ def train_classifier(images, labels, seed=0, steps=1000, batch=128, lr=3e-3, dev
         optimizer.step()
         schedule.step()
     return model.cpu().half().float().eval()  # rounded, so that it equals the one loaded from its file
-
-
-def accuracy(model, images, labels, **options):
-    """The share of images uint8 [N, C, H, W] whose largest logit is their label."""
-    return (features(model, images, logits=True, **options)[1].argmax(1) == labels).double().mean().item()
 
 
 def save_classifier(model, path):
@@ -550,15 +525,6 @@ def count_macs(model, x, t=None, masks=None):
         for hook in hooks:
             hook.remove()
     return {name: (dense[name], live[name]) for name in dense}
-
-
-def seconds_per_1000(fn, n, repeats=3, warmup=1, device="cpu"):
-    """Median seconds, scaled to 1,000 images, of fn(), which makes n of them; warmup calls go unmeasured."""
-    if n < 1 or repeats < 1:
-        raise ValueError(f"n and repeats must be at least 1, not {n} and {repeats}")
-    wait = getattr(torch, torch.device(device).type).synchronize  # clocks read before it returns say nothing
-    times = timeit.repeat(lambda: (fn(), wait()), setup=wait, number=1, repeat=warmup + repeats)
-    return float(np.median(times[warmup:])) * 1000 / n
 
 
 def seconds_in_turns(works, n, warmup=1, device="cpu"):
@@ -703,8 +669,9 @@ def holm(pvalues):
 
 
 def main(argv=None):
-    """The command line; returns the exit status, 2 with one line on stderr when something is wrong."""
-    parser = argparse.ArgumentParser(description="checks of the yardsticks themselves")
+    """The command line; exit code 2, with one line, when something is wrong."""
+    from ddpm import Parser, load_images, one_line, pick_device  # here alone: the yardsticks need none of it
+    parser = Parser(description="checks of the yardsticks themselves")
     add, task = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     task("--check-inception", action="store_true", help="FID of CIFAR-10's test against its training images")
     task("--train-classifier", metavar="DATASET", help="train and save results/classifiers/DATASET.pt")
@@ -712,26 +679,22 @@ def main(argv=None):
     add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
     add("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args(argv)
-    from ddpm import load_images, pick_device  # here alone: the yardsticks need neither
-    try:
+    with one_line(parser):
         name, device = args.train_classifier, pick_device(args.device)[0]
         if name:
             path = os.path.join(HERE, "results", "classifiers", f"{name}.pt")
             model = train_classifier(*load_images(name, args.data_dir), device=device)
             save_classifier(model, path)
-            test = load_images(name, args.data_dir, "test")
-            print(f"{path}: {weights_hash(model)}, test accuracy {accuracy(model, *test):.4f}")
+            test, labels = load_images(name, args.data_dir, "test")
+            right = features(model, test, logits=True)[1].argmax(1) == labels
+            print(f"{path}: {weights_hash(model)}, test accuracy {right.double().mean():.4f}")
         else:
             model = load_inception(args.inception, args.data_dir).to(device)
             train, test = (load_images("cifar10", args.data_dir, split)[0] for split in ("train", "test"))
             value = fid(features(model, test), reference_statistics(model, train, "cifar10"))
             print(f"CIFAR-10 FID, n={len(test):,} test against {len(train):,} training images: {value:.4f} "
                   "(about 3.15 is often quoted)")
-    except (OSError, ValueError) as error:
-        print(f"metrics.py: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -229,10 +229,10 @@ def blocks_of(model):
 def density_by_block(model, live):
     """{residual block: live weights over all} from {name: live weights}, of this model or of what is left of
     it when its channels have been cut."""
-    left, size = {}, {}
+    left, size, weights = {}, {}, prunable(model)
     for name, block in blocks_of(model).items():
         left[block] = left.get(block, 0) + live[name]
-        size[block] = size.get(block, 0) + prunable(model)[name].numel()
+        size[block] = size.get(block, 0) + weights[name].numel()
     return {block: left[block] / size[block] for block in size}
 
 
@@ -359,18 +359,13 @@ def rst_hooks(model, masks, steps, total=10.0):
     rates = [total * value / sum(shape) for value in shape]
     if max(rates) >= 1:
         raise ValueError(f"{steps} steps are too few to shrink weights by a sum of {total}")
-    weights = prunable(model)
-
-    def after_backward(step, model):
-        for name, p in weights.items():
-            p.grad.mul_(masks[name])
 
     @torch.no_grad()
     def after_step(step, model, optimizer, ema):
-        for name, p in weights.items():
+        for name, p in prunable(model).items():
             p.mul_(torch.where(masks[name], 1.0, 1.0 - rates[step]))
 
-    return dict(after_backward=after_backward, after_step=after_step)
+    return mask_hooks(model, masks) | dict(after_step=after_step)
 
 
 # -------------------------------------------------------------------------- channel tickets: smaller for real
@@ -426,38 +421,20 @@ def random_channels(channel_masks, model, generator):
     return new
 
 
-def _hidden_axes(name, blocks):
-    """(block, axis of the hidden channels) of a parameter, or None for one that has no hidden channels."""
-    block = next((b for b in blocks if name.startswith(b + ".")), None)
-    part = name.removeprefix(f"{block}.")
-    if block is not None and part.split(".")[0] in ("conv1", "time", "norm2"):
-        return block, 0  # rows of conv1 and of the time projection, their biases, the norm's scale and shift
-    return (block, 1) if block is not None and part == "conv2.weight" else None
-
-
-@torch.no_grad()
-def silence(model, channel_masks):
-    """Zero all that belongs to the pruned hidden channels, in place: the masked twin of shrink's model."""
-    for name, p in model.named_parameters():
-        place = _hidden_axes(name, channel_masks)
-        if place:
-            p.index_fill_(place[1], (~channel_masks[place[0]]).nonzero().flatten().to(p.device), 0.0)
-
-
 def shrink(model, channel_masks):
-    """A smaller UNet with the outputs of the silenced one: the pruned hidden channels are gone from memory.
+    """A smaller UNet, without the pruned hidden channels, with the outputs of one in which they are all 0.
 
     The widths of the residual stream, of its skips and of attention stay as they are, because every block of
     a level writes into the same stream; `small`, a narrower network, is the control that shrinks those too.
     """
     hidden = {name: int(mask.sum()) for name, mask in channel_masks.items()}
     small = UNet(**{**model.config, "hidden": hidden}).to(next(model.parameters()).device)
-    state = {}
-    for name, value in model.state_dict().items():
-        place = _hidden_axes(name, channel_masks)
-        if place:
-            value = value.index_select(place[1], channel_masks[place[0]].nonzero().flatten().to(value.device))
-        state[name] = value
+    state = model.state_dict()
+    for block, mask in channel_masks.items():
+        for part in ("conv1.weight", "conv1.bias", "time.weight", "time.bias", "norm2.weight", "norm2.bias",
+                     "conv2.weight"):
+            name, axis = f"{block}.{part}", int(part == "conv2.weight")  # conv2 reads them: its columns
+            state[name] = state[name].index_select(axis, mask.nonzero().flatten().to(state[name].device))
     small.load_state_dict(state)
     return small
 

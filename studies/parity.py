@@ -13,7 +13,6 @@ import io
 import os
 import re
 import sys
-import time
 from unittest import mock
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ddpm
 import metrics
 import unet
-from lth_diffusion import markdown_table, provenance, save_table, text_table
+from lth_diffusion import Study, markdown_table, text_table
 
 PEERS = {"pytorch-fid": "pytorch_fid.inception", "torch-fidelity": "torch_fidelity", "diffusers": "diffusers"}
 MEANING = """Tensors are shown by their mean absolute value; their difference is that of the worst element, in
@@ -296,11 +295,10 @@ def missing_peers():
     return missing
 
 
-def write(folder, rows, argv, seconds):
+def write(study, folder, rows):
     """parity.csv and .md, and parity.json with their provenance."""
     peers = {name: importlib.metadata.version(name) for name in PEERS}
-    save_table(os.path.join(folder, "parity"), Row._fields, rows, **provenance(
-        " ".join(["python -m studies.parity", *argv]), peers=peers, seconds=round(seconds, 1)))
+    study.save(os.path.join(folder, "parity"), Row._fields, rows, peers=peers)
     text = f"{markdown_table(Row._fields, rows)}\n\n{MEANING}"
     with ddpm.atomic(os.path.join(folder, "parity.md")) as temporary:
         metrics.write_text(temporary, text)
@@ -308,14 +306,10 @@ def write(folder, rows, argv, seconds):
 
 def main(argv=None):
     """Print the table and write it where it is complete; returns 1 when a row is outside its tolerance."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = ddpm.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--speed", action="store_true", help="also race against pytorch-fid: minutes")
-    parser.add_argument("--out", default="results", help="folder of parity.* (default: results)")
-    args = parser.parse_args(argv)
-    start, missing, rows = time.monotonic(), missing_peers(), []
-    with ddpm.one_line(parser):
-        ddpm.writable([args.out], "--out")
+    study, rows = Study("parity", __doc__), []
+    study.add_argument("--speed", action="store_true", help="also race against pytorch-fid: minutes")
+    with study.arguments(argv) as args:
+        missing = missing_peers()
         for section, peer in (*SECTIONS, *[(speed_rows, "pytorch-fid")] * args.speed):
             rows += section() if peer not in missing else []
     print(f"{text_table(Row._fields, rows)}\n\n{MEANING}\n")
@@ -323,7 +317,7 @@ def main(argv=None):
         print("not compared with", ", ".join(f"{peer} ({why})" for peer, why in missing.items()))
         print(f"install with  pip install {' '.join(missing)}\nnothing written: the table is not complete")
     else:
-        write(args.out, rows, argv, time.monotonic() - start)
+        write(study, args.out, rows)
         print(f"written: parity.csv, parity.md and parity.json in {args.out}/")
     return int(any(row.verdict in ("DIFFERS", "SLOWER") for row in rows))
 

@@ -12,15 +12,13 @@ over seeds of the paired difference under test; a test at its boundary should sa
 import csv
 import math
 import os
-import sys
-import time
 
 import numpy as np
 from scipy import stats
 
 import lth_diffusion as lth
 import metrics
-from ddpm import Parser, atomic, fraction, one_line, positive_int, writable
+from ddpm import atomic, fraction, positive_int
 
 ARMS = {"dense": "dense", "rewind": "ticket", "reinit": "reinit", "random": "random"}  # csv -> verdict
 SEEDS, EFFECTS = (3, 5, 10), (0, 0.5, 1, 1.5, 2, 2.5, 3, 4)
@@ -173,9 +171,9 @@ def pivot(rows):
     return [[*key, *cells] for key, cells in lines.items()]
 
 
-def calibrate(args):
+def calibrate(study, args):
     """Write verdict_calibration.csv, .md, .json and power.png to --out; return the text to print."""
-    began, rng, columns = time.monotonic(), np.random.default_rng(0), [f"{n} seeds" for n in SEEDS]
+    rng, columns = np.random.default_rng(0), [f"{n} seeds" for n in SEEDS]
     wrong = false_positives(rng, args)
     right = [["normal", f"{effect:g} inside", n, *rate(p[0] < args.alpha)] for effect in EFFECTS
              for n in SEEDS for p, _ in [p_values(made_up(rng, [[effect] * 3], n, args), args)]]
@@ -198,34 +196,29 @@ def calibrate(args):
                    hlines=[("80 %", 0.8, "dotted"), (f"alpha {args.alpha:g}", args.alpha, "dashed")],
                    note="A ticket inside all three boundaries (margin of dense, reinit, random) by the same "
                         f"advantage; one sparsity; {args.draws:,} made-up draws a marker.")
-    lth.save_table(os.path.join(args.out, "verdict_calibration"),
-                   ["data", "setting or effect", "seeds", "rate", "standard_error"], wrong + right,
-                   **lth.provenance(args.command, n=args.draws, seeds=SEEDS, generator_seed=0,
-                                    seconds=round(time.monotonic() - began, 1)))
+    study.save(os.path.join(args.out, "verdict_calibration"),
+               ["data", "setting or effect", "seeds", "rate", "standard_error"], wrong + right,
+               n=args.draws, seeds=SEEDS, generator_seed=0)
     return "\n\n".join(texts)
 
 
 # --- command
 
 def main(argv=None):
-    parser = Parser(prog="studies.verdict", description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    study = lth.Study("verdict", __doc__)
+    add = study.add_argument
     add("tables", nargs="*", metavar="results.csv", help="judge these; several hold different seeds")
     add("--calibrate", action="store_true", help="false positives and power on made-up data")
     add("--metric", choices=["fid_domain", "val_loss"], default="fid_domain", help="default: fid_domain")
     add("--margin", type=fraction, default=lth.MARGIN, help="of dense, still its equal (default: 0.10)")
     add("--alpha", type=fraction, default=0.05, help="of each test (default: 0.05)")
     add("--draws", type=positive_int, default=10_000, help="made-up draws a figure (default: 10000)")
-    add("--out", default="results", help="folder of what --calibrate writes (default: results)")
-    args = parser.parse_args(argv)
-    args.command = " ".join(["python -m studies.verdict", *(sys.argv[1:] if argv is None else argv)])
-    with one_line(parser):
-        writable([args.out], "--out")
+    with study.arguments(argv) as args:
         if bool(args.tables) == args.calibrate:
             raise ValueError("name results.csv files to judge, or else --calibrate")
         if not 0 < args.alpha < 0.5:
             raise ValueError(f"--alpha {args.alpha:g} is not between 0 and 0.5")
-        print(judge(args) if args.tables else calibrate(args))
+        print(judge(args) if args.tables else calibrate(study, args))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def refusal(capsys, *argv):
     ("--device cuda:x", "--device"), ("--granularity channel --method rigl", "--granularity"),
     ("--method rigl --scope ramp", "--scope"), ("--method rst --score taylor", "--score"),
     ("--prune-rate 0.3 --final-sparsity 0.9", "--prune-rate"), ("--round 3", "--round"),
-    ("--lr x", "x is not a number"), ("--seeds a", "a is not a whole number"),
+    ("--lr x", "x is not a positive number"), ("--seeds a", "a is not a whole number"),
 ])
 def test_bad_flags_end_in_one_line(capsys, tmp_path, argv, named):
     code, said = refusal(capsys, *argv.split(), "--out", str(tmp_path / "run"))

@@ -744,8 +744,12 @@ def test_shrunk_network_equals_the_silenced_one(name):
         torch.nn.init.normal_(p, std=0.1)
     channels = prune.prune_channels(model, prune.dense_channels(model), 0.75)
     small, x, t = prune.shrink(model, channels).eval(), torch.randn(1, 1, size, size), torch.tensor([300])
-    prune.silence(model, channels)
     with torch.no_grad():
+        for name, mask in channels.items():  # nothing comes out of a dead channel, whatever conv2 makes of it
+            block = model.get_submodule(name)
+            for p in (block.norm2.weight, block.norm2.bias, block.conv1.weight, block.conv1.bias,
+                      block.time.weight, block.time.bias):
+                p[~mask] = 0.0
         expected = model(x, t)
         assert (small(x, t) - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
     assert sum(p.numel() for p in small.parameters()) < 0.6 * sum(p.numel() for p in model.parameters())

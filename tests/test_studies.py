@@ -10,14 +10,16 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 
 import lth_diffusion as lth
+import metrics
 from ddpm import Diffusion, denoiser, load_images, train
 from prune import apply_masks, dense_masks, live_counts, mask_hooks, prunable, prune_magnitude
-from studies import (budget, methods, parity, positive_control, robustness, samplers, scaling, speed,
-                     tickets)
+from studies import (budget, fid_bias, methods, parity, positive_control, robustness, samplers, scaling,
+                     speed, tickets)
 from unet import UNet
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -69,6 +71,15 @@ def test_parity_race_counts_ratios_and_calls():
     row = parity.race("x", lambda: calls.append("ours"), slow, 5, n=2)
     assert calls == ["ours", "theirs"] * 3 and row.verdict == "ok" and "n=2" in row.quantity
     assert parity.race("x", lambda: time.sleep(0.01), lambda: time.sleep(0.01), 50, n=2).verdict == "SLOWER"
+
+
+def test_jackknife_of_fid():
+    reference, draw = (torch.zeros(8).double(), torch.eye(8).double()), torch.Generator().manual_seed(0)
+    for shift, scale, most in ((0.5, 1.2, 1.5), (0.0, 1.0, 1.6)):  # the second: no slope, sqrt(2) too much
+        draws = shift + scale * torch.randn(200, 300, 8, generator=draw, dtype=torch.float64)
+        spread = np.std([metrics.fid(x, reference) for x in draws], ddof=1)
+        errors = [fid_bias.fid_jackknife(x, reference) for x in draws[:10]]
+        assert 1 / 1.5 < np.mean(errors) / spread < most
 
 
 # --- methods, tickets: real runs, as small as they can be
