@@ -1,17 +1,24 @@
-"""Does this code find the tickets that everybody knows? Without that a negative result says nothing.
+"""Does this code find the best-known tickets? If it does not, negative results mean nothing.
 
-    python -m studies.positive_control --data-dir data     # LeNet on MNIST, one seed: ten minutes
-    python -m studies.positive_control --data-dir data --nets lenet conv --seeds 0 1 2 --steps 6000
+    python -m studies.positive_control                 # LeNet on MNIST, one seed: ten minutes
+    python -m studies.positive_control --nets lenet conv --seeds 0 1 2 --steps 6000
 
-Source: 1803.03635, sections 2 and 3 and appendices F to H. A LeNet-300-100 and a small convolutional network
-classify MNIST; prune.py prunes them a round at a time, 20 % of every layer and half of that in the last one,
-and rewinds to theta_0. Beside each ticket stand its mask on new weights (reinit), a shuffled mask on theta_0
-(random) and one cut of the dense network at the same density (oneshot). Training is early-stopped by the loss
-on 5,000 held-out images, as in the paper: its step says how fast a network learns, its accuracy how well.
+Frankle and Carbin, The Lottery Ticket Hypothesis, 2019, 1803.03635, sections 2 and 3, appendices F
+to H. A LeNet-300-100 and a small convolutional network classify MNIST. In every round prune.py
+prunes 20 % of each layer, half of that in the last one, and rewinds to theta_0. Each ticket is
+compared with its mask on a new initialisation (reinit), a random mask on theta_0, and a single cut
+of the dense network at the same density (oneshot). As in the paper, training stops early by the
+loss on 5,000 held-out images: the step of its minimum says how fast a network learns, the accuracy
+at that step how well.
 
-What would change our mind: tickets that at 10 to 20 % of the weights are no better than reinit and random.
+What would change our mind: tickets that at 10 to 20 % of the weights are no better than reinit and
+the random mask.
 """
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module:  python -m studies.positive_control")
+
 import os
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -19,61 +26,64 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import lth_diffusion as lth
-import metrics
-from ddpm import load_images, positive_int, seed_number
-from prune import (apply_masks, dense_masks, density, live_counts, mask_hooks, prunable, prune_magnitude,
-                   random_masks)
+from lth_diffusion import REINIT_SEED, Job, generator_of
+from prune import (apply_masks, dense_masks, density, live_counts, live_total,
+                   mask_hooks, prunable, prune_magnitude, random_masks)
+from studies.common import Study, deviation, over_seeds
+from support import charts, cli, data
 
 LR, BATCH, HELD_OUT = 1.2e-3, 60, 5000  # 1803.03635, figure 2
-LATE = 0.9  # of all steps: a lowest loss after this is the end of the steps, not of learning
-RATE = 0.2  # of every layer a round, half of it in the output layer
-CONTROLS = (3, 7, 10, 13, 17)  # 51, 21, 11, 5.5 and 2.3 % of the weights left, but for the output layer
-HEADER = ["net", "seed", "round", "arm", "weights left", "early stop at step", "test accuracy"]
-ARMS = dict(rewind="ticket (rewind)", reinit="same mask, new init", random="shuffled mask",
-            oneshot="one cut, rewound")
+LATE = 0.9  # of all steps: a minimum after this may not be the last
+RATE = 0.2  # of every layer per round, half of it in the output layer
+# 51, 21, 11, 5.5 and 2.3 % of the weights are left, but for the output layer.
+CONTROLS = 3, 7, 10, 13, 17
+TITLES = dict(lenet="LeNet-300-100 on MNIST",
+              conv="Small convolutional network on MNIST")
+Row = namedtuple("Row", "net seed round arm weights_left stop_step accuracy")
 
 
 def build(net, seed):
-    """LeNet-300-100 (266,200 weights), or two convolutions and two dense layers (206,736), new weights."""
+    """A new LeNet-300-100 (266,200 weights), or two convolutions and two dense layers (206,736)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if net == "lenet":
-            return nn.Sequential(nn.Flatten(), nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
-                                 nn.Linear(100, 10))
-        return nn.Sequential(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.ReLU(),
-                             nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
-                             nn.Linear(32 * 7 * 7, 128), nn.ReLU(), nn.Linear(128, 10))
-
-
-def rates(model):
-    """{name: share of the layer's weights that a round cuts}."""
-    names = list(prunable(model))
-    return {name: RATE / 2 if name == names[-1] else RATE for name in names}
+            return nn.Sequential(
+                nn.Flatten(), nn.Linear(784, 300), nn.ReLU(),
+                nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 3, 2, 1), nn.ReLU(),  # (N, 16, 14, 14)
+            nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),  # (N, 32, 7, 7)
+            nn.Flatten(), nn.Linear(1568, 128), nn.ReLU(),
+            nn.Linear(128, 10))
 
 
 def cut(model, masks, rounds=1):
-    """Masks after so many rounds' worth of one cut in every layer."""
-    live = live_counts(masks)
-    gone = {name: 1 - (1 - rate) ** rounds for name, rate in rates(model).items()}
-    fraction = sum(gone[name] * n for name, n in live.items()) / sum(live.values())
+    """Masks after so many rounds' worth of pruning in one cut of every layer."""
+    names, live = list(prunable(model)), live_counts(masks)
+    gone = dict.fromkeys(names, 1 - (1 - RATE) ** rounds)
+    gone[names[-1]] = 1 - (1 - RATE / 2) ** rounds
+    total = sum(gone[name] * n for name, n in live.items())
+    fraction = total / live_total(masks)
     return prune_magnitude(model, masks, fraction, layer_fractions=gone)
 
 
 @torch.no_grad()
 def measure(model, x, y):
-    """(mean cross-entropy, accuracy) of floats (N, 1, 28, 28), labels (N,)."""
+    """(mean cross-entropy, accuracy) on floats (N, 1, 28, 28) with labels (N,)."""
     logits = torch.cat([model(part) for part in x.split(2500)])
-    return F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).double().mean().item()
+    right = logits.argmax(1) == y
+    return F.cross_entropy(logits, y).item(), right.double().mean().item()
 
 
-def fit(model, masks, data, steps, seed, label):
-    """Train in place under the masks; (step of the lowest held-out loss, test accuracy there)."""
-    (x, y), held_out, test = data
+def fit(model, masks, sets, steps, seed, label):
+    """Train in place under the masks -> (step of the lowest held-out loss, test accuracy there)."""
+    (x, y), held_out, test = sets
     apply_masks(model, masks)
-    optimizer, hooks = torch.optim.Adam(model.parameters(), LR, fused=True), mask_hooks(model, masks)
-    generator, best = torch.Generator().manual_seed(seed), (np.inf, 0, 0.0)
-    for step in tqdm(range(steps), desc=label, unit="step", leave=False, disable=None):
+    hooks = mask_hooks(model, masks)
+    optimizer = torch.optim.Adam(model.parameters(), LR, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    best = np.inf, 0, 0.0
+    for step in tqdm(range(steps), label, leave=False, disable=None):
         pick = torch.randint(len(x), (BATCH,), generator=generator)
         F.cross_entropy(model(x[pick]), y[pick]).backward()
         hooks["after_backward"](step, model)
@@ -87,102 +97,119 @@ def fit(model, masks, data, steps, seed, label):
     return best[1:]
 
 
-def lines(net, seed, data, steps, rounds, controls):
-    """Rows of HEADER of one network and seed: the dense network, then round after round with its controls."""
+def find_tickets(net, seed, sets, steps, rounds):
+    """Rows of one network and seed: the dense network, then the rounds with their controls."""
     theta = build(net, seed).state_dict()
 
-    def run(arm, round, masks, start):
+    def run(arm, r, masks, start):
         model = build(net, seed)
         model.load_state_dict(start)
-        early, accuracy = fit(model, masks, data, steps, seed, f"{net} seed {seed} round {round} {arm}")
-        return model, [net, seed, round, arm, density(masks), early, accuracy]
+        label = f"{net} seed {seed} round {r} {arm}"
+        found = fit(model, masks, sets, steps, seed, label)
+        return model, Row(net, seed, r, arm, density(masks), *found)
 
-    masks = dense_masks(build(net, seed))
-    model, row = run("dense", 0, masks, theta)
+    every = masks = dense_masks(build(net, seed))
+    dense, row = run("dense", 0, masks, theta)
     yield row
-    dense = model
-    for round in range(1, rounds + 1):
+    model = dense
+    for r in range(1, rounds + 1):
         masks = cut(model, masks)
-        model, row = run("rewind", round, masks, theta)
+        model, row = run("ticket", r, masks, theta)
         yield row
-        if round in controls:
-            shuffled = random_masks(masks, torch.Generator().manual_seed(lth.MASK_SEED + 1000 * round + seed))
-            yield run("reinit", round, masks, build(net, lth.REINIT_SEED + seed).state_dict())[1]
-            yield run("random", round, shuffled, theta)[1]
-            yield run("oneshot", round, cut(dense, dense_masks(dense), round), theta)[1]
+        if r in CONTROLS or r == rounds:
+            new = build(net, REINIT_SEED + seed).state_dict()
+            generator = generator_of(Job(seed, r, "random"))
+            shuffled = random_masks(masks, generator)
+            yield run("reinit", r, masks, new)[1]
+            yield run("random", r, shuffled, theta)[1]
+            yield run("oneshot", r, cut(dense, every, r), theta)[1]
 
 
 def load(data_dir):
-    """(training, held-out, test) pairs of floats (N, 1, 28, 28) in [0, 1] and labels of MNIST."""
-    (x, y), test = (load_images("mnist", data_dir, split) for split in ("train", "test"))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # the file has an order
-    x, y = x[order].float() / 255, y[order]
-    return (x[HELD_OUT:], y[HELD_OUT:]), (x[:HELD_OUT], y[:HELD_OUT]), (test[0].float() / 255, test[1])
+    """Training, held-out and test sets of MNIST: floats (N, 1, 28, 28) in [0, 1], labels (N,)."""
+    x, y = data.load_images("mnist", data_dir)
+    test, labels = data.load_images("mnist", data_dir, "test")
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(x), generator=generator)  # the file has an order
+    x, y, test = x[order].float() / 255, y[order], test.float() / 255
+    held_out = x[:HELD_OUT], y[:HELD_OUT]
+    return (x[HELD_OUT:], y[HELD_OUT:]), held_out, (test, labels)
 
 
-def draw(table, column, path, y_label):
-    """One quantity against the share of weights left, an arm a line, means and deviations over seeds."""
-    dense = np.mean([row[column] for row in table if row[3] == "dense"])
-    series = []
-    for arm, label in ARMS.items():
-        rounds = sorted({row[2] for row in table if row[3] == arm})
-        groups = [[row for row in table if row[3] == arm and row[2] == round] for round in rounds]
-        y = np.array([np.mean([row[column] for row in group]) for group in groups])
-        sd = np.array([np.std([row[column] for row in group], ddof=1) if len(group) > 1 else np.nan
-                       for group in groups])
-        x = [group[0][4] for group in groups]
-        series.append(dict(label=label, x=x, y=y, y_low=y - sd, y_high=y + sd))
-    seeds = len({row[1] for row in table})
-    name = dict(lenet="LeNet-300-100", conv="Small conv net")[table[0][0]]
-    lth.line_chart(series, path, f"{name} on MNIST", "weights left (log scale)", y_label,
-                   hlines=[("dense", dense, "dashed")], log_x=True,
-                   note=f"Means over {seeds} seed(s), bars: standard deviation. Early stop by held-out loss.")
+def draw(rows, column, path, y_label):
+    """One column against the share of weights left: means and deviations over seeds."""
+    values, series = {}, []
+    for row in rows:
+        groups = values.setdefault(row.arm, {})
+        group = groups.setdefault(row.weights_left, [])
+        group.append(getattr(row, column))
+    dense = values.pop("dense")[1]
+    for arm, groups in values.items():
+        y = np.array([np.mean(group) for group in groups.values()])
+        sd = [deviation(group) for group in groups.values()]
+        sd = np.array(sd, float)  # None becomes NaN
+        series.append(dict(label=arm, x=list(groups), y=y,
+                           y_low=y - sd, y_high=y + sd))
+    level = "dense", np.mean(dense), "dashed"
+    charts.line_chart(series, path, TITLES[rows[0].net], "weights left (log)",
+                      y_label, hlines=[level], log_x=True,
+                      note=f"Means over {len(dense)} seed(s); bars: standard "
+                      "deviation. Early stopping by held-out loss.")
 
 
-def conclude(table, steps):
-    """A sentence a control round: the ticket's accuracy less each other arm's, paired by seed; and when each
-    stopped early, at least that late where it was still learning when its steps were over."""
+def conclude(rows, steps):
+    """A line per control round: the ticket's accuracy less that of each other arm, paired by seed,
+    and the early-stopping steps."""
     said = []
-    for round in sorted({row[2] for row in table if row[3] == "reinit"}):
-        arms = {}
-        for row in table:
-            if row[2] == round or row[3] == "dense":
-                arms.setdefault(row[3], {})[row[1]] = row
-        parts, stops = [], {arm: [row[5] for row in rows.values()] for arm, rows in arms.items()}
-        for other in ("dense", "reinit", "random", "oneshot"):
-            gain = np.array([100 * (arms["rewind"][seed][6] - row[6]) for seed, row in arms[other].items()])
-            ends = metrics.t_test(gain, 0.05)[1][1:] if len(gain) > 2 else ()
-            low_high = " [{:+.2f}, {:+.2f}]".format(*ends) if ends else ""
-            parts.append(f"{other} {gain.mean():+.2f}{low_high}")
-        fastest = ", ".join(f"{arm} {'>= ' * (max(found) > LATE * steps)}{np.mean(found):,.0f}"
-                            for arm, found in stops.items())
-        left, n = 100 * np.mean([row[4] for row in arms["rewind"].values()]), len(gain)
-        said.append(f"{table[0][0]}, {left:.1f} % of the weights, n={n} seed{'s' * (n > 1)}: ticket less "
-                    f"{', '.join(parts)} points of test accuracy, "
-                    f"{'90 % intervals' if n > 2 else 'no verdict'}. Early stop at step: {fastest}.")
+    for r in sorted({row.round for row in rows if row.arm == "reinit"}):
+        arms, parts, stops = {}, [], []
+        for row in rows:
+            if row.round in (0, r):
+                arms.setdefault(row.arm, []).append(row)
+        tickets = arms["ticket"]
+        for arm, group in arms.items():
+            last = [row.stop_step for row in group]
+            late = ">= " if max(last) > LATE * steps else ""
+            stops.append(f"{arm} {late}{np.mean(last):,.0f}")
+            if arm != "ticket":
+                gains = [100 * (ticket.accuracy - row.accuracy)
+                         for ticket, row in zip(tickets, group)]
+                mean, low, high = over_seeds(gains)
+                ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}]"
+                parts.append(f"{arm} {mean:+.2f}{ends}")
+        left, n = 100 * tickets[0].weights_left, len(tickets)
+        certain = "90 % intervals" if n > 2 else "no verdict"
+        said.append(f"{rows[0].net}, {left:.1f} % of the weights, n={n} seed(s): "
+                    f"ticket less {', '.join(parts)} points of test accuracy, "
+                    f"{certain}. Early stop at step: {', '.join(stops)}.")
     return "\n".join(said)
 
 
 def main(argv=None):
     """The command line."""
-    study = lth.Study("positive_control", __doc__)
+    study = Study("studies.positive_control", __doc__)
     add = study.add_argument
-    add("--nets", nargs="+", choices=["lenet", "conv"], default=["lenet"], help="default: lenet")
-    add("--seeds", nargs="+", type=seed_number, default=[0], help="3 or more give intervals (default: 0)")
-    add("--steps", type=positive_int, default=4000, help="training steps of a run (default: 4000)")
-    add("--rounds", type=positive_int, default=17, help="rounds of -20 %% (default: 17, to 2.3 %%)")
-    add("--data-dir", default=os.environ.get("LTH_DATA", "data"), help="default: $LTH_DATA or data")
+    add("--nets", nargs="+", choices=list(TITLES), default=["lenet"],
+        help="default: lenet")
+    add("--seeds", nargs="+", type=cli.seed_number, default=[0],
+        help="three or more give intervals (default: 0)")
+    add("--steps", type=cli.positive_int, default=4000, help="default: 4000")
+    add("--rounds", type=cli.positive_int, default=17,
+        help="rounds of 20 %% (default: 17, to 2.3 %%)")
+    add("--data-dir", default=os.environ.get("LTH_DATA", "data"), type=cli.path,
+        help="folder of MNIST (default: $LTH_DATA or data)")
     with study.arguments(argv) as args:
-        data, controls = load(args.data_dir), [r for r in CONTROLS if r < args.rounds] + [args.rounds]
-        for net in args.nets:
-            path, table = os.path.join(args.out, f"positive_control_{net}"), []
-            for seed in args.seeds:
-                table += lines(net, seed, data, args.steps, args.rounds, controls)
-                study.save(path, HEADER, table, steps=args.steps, seeds=args.seeds)
+        sets, seeds = load(args.data_dir), cli.once(args.seeds)
+        for net in cli.once(args.nets):
+            path, rows = os.path.join(args.out, f"positive_control_{net}"), []
+            for seed in seeds:
+                rows += find_tickets(net, seed, sets, args.steps, args.rounds)
+                study.save(path, Row._fields, rows, steps=args.steps,
+                           seeds=seeds)
                 print(f"{net}, seed {seed}: done", flush=True)
-            draw(table, 6, f"{path}_accuracy.png", "test accuracy")
-            draw(table, 5, f"{path}_speed.png", "early stop at step")
-            print(f"{conclude(table, args.steps)}\n{path}.csv, .json, and figures")
+            draw(rows, "accuracy", f"{path}_accuracy.png", "test accuracy")
+            draw(rows, "stop_step", f"{path}_speed.png", "early stop at step")
+            print(f"{conclude(rows, args.steps)}\n{path}.csv, .json, and charts")
 
 
 if __name__ == "__main__":

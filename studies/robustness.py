@@ -1,54 +1,64 @@
-"""Are tickets weaker or stronger than dense networks when their input is not what they were trained on?
+"""Are tickets more fragile than dense networks when their input differs from the training data?
 
-    python -m studies.robustness                        # makes a small run on digits first: minutes
-    python -m studies.robustness --from runs/mnist      # the networks of a finished run
+    python -m studies.robustness                        # a small run on digits first: minutes
+    python -m studies.robustness --from runs/mnist --rounds 7 10
 
-Three kinds of trouble, each for the dense network, its twin, tickets and controls of a finished run:
+The input of every network of a finished run is disturbed in three ways:
 
-noise     x_t + s * n with fresh Gaussian n: the mean squared error on eps over held-out images.
-attack    an L-infinity budget b on x_t that makes this error as large as it can: FGSM (1412.6572), one signed
-          gradient step, and PGD (1706.06083), ten steps of b / 4 that begin at FGSM's answer and keep the
-          best found, so that PGD is never the weaker one. Budget 0 is the clean error.
-start     sampling from a * x_T + m instead of x_T: fid_domain.
+noise   Fresh Gaussian noise is added to x_t. Measured: the mean squared error on eps over held-out
+        images.
+attack  A change of x_t, at most b per pixel, that makes this error large. FGSM (Goodfellow, Shlens
+        and Szegedy, Explaining and Harnessing Adversarial Examples, 2014, 1412.6572) is one step
+        along the sign of the gradient. PGD (Madry et al., Towards Deep Learning Models Resistant to
+        Adversarial Attacks, 2017, 1706.06083) is here ten steps of b / 4 from the result of FGSM,
+        of which the worst is kept: it is never weaker than FGSM.
+start   Sampling begins at a * x_T + m instead of x_T. Measured: fid_domain.
 
-Every network meets the same images, t, noise and budgets. What would change our mind about 'pruning makes
-diffusion models more fragile': a ticket whose error grows by a larger factor than dense in every seed, while
-the controls of its density do not. Factors over each network's own clean error are shown beside the errors,
-since a worse network has less to lose.
+All networks meet the same images, t, noise and budgets. A worse network has less to lose, so each
+value is also divided by the same network's value without disturbance ('factor').
+
+What would change our mind about 'pruning does not make diffusion models more fragile': a ticket
+whose factor is larger than that of dense in every seed, while those of its controls are not.
 """
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module:  python -m studies.robustness")
+
 import functools
-import os
 
 import numpy as np
 import torch
 
 import lth_diffusion as lth
 import metrics
-from ddpm import denoiser, positive_int, to_float
+from ddpm import to_float
+from studies.common import Study, add_run_flag, check_rounds, open_run
+from support import charts, cli
 
-NOISE = (0.0, 0.1, 0.2, 0.4)  # s, in units of x_t, whose pixels have about unit variance
+NOISE = (0.0, 0.1, 0.2, 0.4)  # standard deviations; pixels of x_t have about unit variance
 BUDGETS = (0.0, 0.02, 0.05, 0.1)
 STARTS = ((1.0, 0.0), (0.9, 0.0), (1.1, 0.0), (1.0, 0.1), (1.0, -0.1))  # (a, m)
-TIMES = (50, 150, 300, 500, 800)  # where the input is still an image, and where it is nearly noise
-HEADER = ["seed", "round", "arm", "sparsity", "trouble", "size", "error", "over its clean", "n"]
+TIMES = (50, 150, 300, 500, 800)  # from almost an image to almost noise
+NOISE_SEED = 7  # of the noise that is added
+HEADER = ["seed", "round", "arm", "sparsity", "trouble", "size", "value", "factor", "n"]
 
 
 def held_out(exp, n):
-    """(x_t, t, eps) of n test images, each at a fixed t of TIMES and with fixed noise."""
-    generator = torch.Generator().manual_seed(lth.EVAL_SEED)
+    """(x_t, t, eps) of n test images, each at one t of TIMES, with fixed noise."""
     x0 = to_float(metrics.random_draw(exp.test, n))
-    t = torch.tensor(TIMES)[torch.arange(len(x0)) % len(TIMES)] * (exp.diffusion.T // 1000)
+    t = torch.tensor(TIMES)[torch.arange(len(x0)) % len(TIMES)]
+    generator = torch.Generator().manual_seed(lth.EVAL_SEED)
     eps = torch.randn(x0.shape, generator=generator)
-    return tuple(v.to(exp.device) for v in (exp.diffusion.q_sample(x0, t, eps).float(), t, eps))
+    x_t = exp.diffusion.q_sample(x0, t, eps)
+    return tuple(v.to(exp.device) for v in (x_t, t, eps))
 
 
 def error(predict, x, t, eps):
-    """Mean squared error on eps of every image, (N,); predict is a callable (x, t) -> eps."""
+    """Mean squared error on eps of each image, (N,); predict(x, t) -> eps."""
     return (predict(x, t) - eps).square().flatten(1).mean(1)
 
 
 def ascend(predict, x, t, eps, step):
-    """(x moved by step along the sign of its error's gradient, its error before)."""
+    """(x moved by `step` along the sign of the gradient of its error, its error before)."""
     moved = x.clone().requires_grad_()
     found = error(predict, moved, t, eps)
     gradient, = torch.autograd.grad(found.sum(), moved)
@@ -61,120 +71,123 @@ def fgsm(predict, x, t, eps, budget):
 
 
 def pgd(predict, x, t, eps, budget, steps=10):
-    """The worst x within the budget that ascent from FGSM's answer finds, image by image."""
-    now, worst = fgsm(predict, x, t, eps, budget), torch.full_like(t, -torch.inf, dtype=torch.float32)
-    best = now
-    for _ in range(steps):
+    """The worst x within the budget that ascent from the result of FGSM finds, per image."""
+    now = best = fgsm(predict, x, t, eps, budget)
+    worst = torch.full_like(x[:, 0, 0, 0], -torch.inf)  # (N,), the error of best
+    for _ in range(steps + 1):
         moved, found = ascend(predict, now, t, eps, budget / 4)
-        best = torch.where((found > worst)[:, None, None, None], now, best)
-        worst, now = torch.maximum(worst, found), x + (moved - x).clamp(-budget, budget)
-    last = error(predict, now, t, eps).detach() > worst
-    return torch.where(last[:, None, None, None], now, best)
+        more = (found > worst)[:, None, None, None]
+        best = torch.where(more, now, best)
+        worst = torch.maximum(worst, found)
+        now = x + (moved - x).clamp(-budget, budget)
+    return best
 
 
-def attacked(attack, predict, batch, budget):
-    """Mean error under an attack, in batches of 100, in float32: gradients through bf16 would be weaker."""
+def mean_error(predict, batch, attack=None, budget=0.0):
+    """Mean squared error on eps over a batch (x_t, t, eps), attacked or not, 100 at a time."""
     errors = []
     for x, t, eps in zip(*(v.split(100) for v in batch)):
-        errors.append(error(predict, attack(predict, x, t, eps, budget), t, eps).detach())
+        if attack is not None:
+            x = attack(predict, x, t, eps, budget)
+        with torch.no_grad():
+            errors.append(error(predict, x, t, eps))
     return torch.cat(errors).mean().item()
 
 
-def measure(exp, job, args):
-    """Pairs (trouble, size, value) of one network."""
-    model, _ = exp.rebuild(exp.load(job), "ema")
+def measure(exp, model, images, samples):
+    """(trouble, size, value, n) of a network; the first of each trouble is without disturbance."""
     model.eval().requires_grad_(False)
+    # in float32: the gradients of bfloat16 would make a weaker attack
     predict = functools.partial(exp.diffusion.predict, model)
-    x, t, eps = batch = held_out(exp, args.images)
+    x, t, eps = batch = held_out(exp, images)
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    noise = torch.randn(x.shape, generator=generator).to(x.device)
     for size in NOISE:
-        more = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).to(x.device)
-        quiet = functools.partial(exp.diffusion.predict, denoiser(model, "fp32"))
-        yield "noise", size, torch.cat([error(quiet, *part) for part in zip(
-            (x + size * more).split(250), t.split(250), eps.split(250))]).mean().item()
-    for name, attack in (("FGSM", fgsm), ("PGD", pgd)):
+        moved = x + size * noise, t, eps
+        yield "noise", size, mean_error(predict, moved), len(x)
+    for name, attack in ("FGSM", fgsm), ("PGD", pgd):
         for budget in BUDGETS:
-            yield name, budget, attacked(attack, predict, batch, budget)
-    for scale, shift in STARTS:
-        samples = exp.draw(model, x_T=scale * exp.x_T(args.samples) + shift, label=f"{job}: x_T")
-        yield "start", f"{scale:g} x_T {shift:+g}", exp.quality(samples)["fid_domain"]
+            yield name, budget, mean_error(predict, batch, attack, budget), len(x)
+    for a, m in STARTS:
+        drawn = exp.draw(model, x_T=a * exp.x_T(samples) + m)
+        yield "start", f"{a:g} x_T {m:+g}", exp.quality(drawn)["fid_domain"], samples
 
 
-def check(values):
-    """The attacks are attacks: no budget changes nothing, PGD is at least as strong as FGSM."""
-    clean = values["noise", 0.0]
-    for budget in BUDGETS:
-        weak, strong = values["FGSM", budget], values["PGD", budget]
-        if strong < weak * (1 - 1e-6) or budget == 0 and abs(weak - clean) > 1e-4 * clean:
-            raise AssertionError(f"budget {budget}: clean {clean}, FGSM {weak}, PGD {strong}")
-
-
-def lines(exp, rows, args):
-    """Lists of rows of HEADER, one for each network asked for."""
-    rounds = args.rounds or sorted({0, *exp.args.control_rounds})
-    jobs = [job for job in rows if job.round in rounds and job.arm not in ("transform", "probe")]
-    lth.check_rounds(rounds, rows)
-    images = min(args.images, len(exp.test))
-    for job in jobs:
-        values = {(trouble, size): value for trouble, size, value in measure(exp, job, args)}
-        check(values)
-        first = {trouble: value for (trouble, _), value in reversed(values.items())}  # each one's clean
-        yield [[job.seed, job.round, job.arm, rows[job]["sparsity"], trouble, size, value,
-                value / first[trouble], args.samples if trouble == "start" else images]
-               for (trouble, size), value in values.items()]
-        print(f"{job}: clean {values['noise', 0.0]:.4f}, PGD at {BUDGETS[-1]} "
-              f"{values['PGD', BUDGETS[-1]]:.4f}", flush=True)
+def rows_of(exp, job, args):
+    """Rows of HEADER, as dicts, of one network."""
+    trained, clean = exp.load(job), {}
+    for trouble, size, value, n in measure(exp, trained.ema, args.images, args.samples):
+        factor = value / clean.setdefault(trouble, value)
+        row = *job, trained.row["sparsity"], trouble, size, value, factor, n
+        yield dict(zip(HEADER, row))
 
 
 def factors(table):
-    """{arm and sparsity: {(trouble, size): {seed: factor over the network's own clean value}}}."""
+    """{arm and sparsity: {seed: factors under PGD, one per budget}}."""
     found = {}
-    for seed, _, arm, sparsity, trouble, size, _, factor, _ in table:
-        label = f"{arm} {100 * sparsity:.1f} %"
-        found.setdefault(label, {}).setdefault((trouble, size), {})[seed] = factor
+    for row in table:
+        if row["trouble"] == "PGD":
+            label = f"{row['arm']} {100 * row['sparsity']:.1f} %"
+            by_seed = found.setdefault(label, {})
+            by_seed.setdefault(row["seed"], []).append(row["factor"])
     return found
 
 
 def draw(table, path, note):
-    """The error under PGD over each network's own clean error, against the budget."""
-    series = [dict(label=label, x=BUDGETS,
-                   y=[np.mean(list(values["PGD", budget].values())) for budget in BUDGETS],
-                   style="solid" if label.startswith(("dense", "rewind")) else "dashed")
-              for label, values in factors(table).items()]
-    lth.line_chart(series, path, "How much an attack on x_t hurts", "L-infinity budget on x_t",
-                   "error on eps over the clean one (log)", log_y=True, note=note)
+    """The factor by which the error grows under PGD, against the budget; means over seeds."""
+    series = []
+    for label, by_seed in factors(table).items():
+        y = np.mean(list(by_seed.values()), axis=0)
+        control = not label.startswith(("dense", "ticket"))
+        style = "dashed" if control else "solid"
+        series.append(dict(label=label, x=BUDGETS, y=y, style=style))
+    charts.line_chart(series, path, "How much an attack on x_t hurts",
+                      "largest change of a pixel of x_t",
+                      "error on eps over that without attack (log)",
+                      log_y=True, note=note)
 
 
 def conclude(table):
-    """How much the strongest attack hurts each network, and in how many seeds more than it hurts dense."""
-    found = {label: values["PGD", BUDGETS[-1]] for label, values in factors(table).items()}
-    dense, parts = found.pop("dense 0.0 %", {}), []
+    """How much the strongest attack hurts, and in how many seeds more than it hurts dense."""
+    said, found = [], factors(table)
+    dense = found["dense 0.0 %"]
     for label, by_seed in found.items():
-        more = sum(factor > dense[seed] for seed, factor in by_seed.items() if seed in dense)
-        parts.append(f"{label} {np.mean(list(by_seed.values())):.2f} (more than dense in {more} of "
-                     f"{len(by_seed)} seeds)")
-    seeds = len({line[0] for line in table})
-    return (f"Under PGD with budget {BUDGETS[-1]} the error on eps grows by these factors: dense "
-            f"{np.mean(list(dense.values())) if dense else np.nan:.2f}, {', '.join(parts)}. n={seeds} "
-            f"seed{'s' * (seeds > 1)}" + ("; fewer than 3: no verdict." if seeds < 3 else "."))
+        mean = np.mean([values[-1] for values in by_seed.values()])
+        more = sum(values[-1] > dense[seed][-1] for seed, values in by_seed.items())
+        than = "" if by_seed is dense else f" (larger than dense in {more} of {len(by_seed)} seeds)"
+        said.append(f"{label} {mean:.2f}{than}")
+    few = "; fewer than 3: no verdict" if len(dense) < 3 else ""
+    return (f"Factors by which the error on eps grows under PGD with budget {BUDGETS[-1]}: "
+            f"{', '.join(said)}. Seeds: {len(dense)}{few}.")
 
 
 def main(argv=None):
     """The command line."""
-    study = lth.Study("robustness", __doc__)
+    study = Study("studies.robustness", __doc__)
+    add_run_flag(study)
     add = study.add_argument
-    add("--from", dest="run", metavar="runs/NAME", help="a finished run (default: a small one on digits)")
-    add("--rounds", nargs="+", type=int, help="which rounds (default: 0 and those with controls)")
-    add("--images", type=positive_int, default=500, help="held-out images behind an error (default: 500)")
-    add("--samples", type=positive_int, default=250, help="samples behind a fid_domain (default: 250)")
+    add("--rounds", nargs="+", type=int,
+        help="rounds to compare with dense (default: those with controls)")
+    add("--images", type=cli.positive_int, default=500,
+        help="held-out images behind an error (default: 500)")
+    add("--samples", type=cli.checked(int, lambda n: n >= 4, "4 or more"), default=250,
+        help="samples behind a fid_domain (default: 250)")
     with study.arguments(argv) as args:
-        exp, rows = lth.open_run(args.run)
-        table, path = [], os.path.join(args.out, f"robustness_{exp.args.dataset}")
-        for found in lines(exp, rows, args):
-            table += found
-            study.save(path, HEADER, table, exp.device, times=TIMES)
-        draw(table, path + ".png", f"{exp.args.dataset}, {args.images} held-out images at t of {TIMES}. "
-             f"Percentages: weights pruned. Seeds: {len({line[0] for line in table})}.")
-    print(f"\n{lth.text_table(HEADER, table)}\n\n{conclude(table)}\n{path}.csv, .json, .png")
+        exp, rows = open_run(args.run)
+        rounds = {0, *(args.rounds or exp.args.control_rounds)}
+        check_rounds(rounds, rows)
+        path, table = f"{args.out}/robustness_{exp.args.dataset}", []
+        for job in rows:
+            if job.round in rounds:
+                table += rows_of(exp, job, args)
+                cells = [list(row.values()) for row in table]
+                study.save(path, HEADER, cells, exp.device, times=TIMES)
+                print(f"{job}: done", flush=True)
+        times, seeds = ", ".join(map(str, TIMES)), len({row["seed"] for row in table})
+        draw(table, path + ".png",
+             f"{exp.args.dataset}, PGD, {table[0]['n']:,} held-out images at t = {times}; "
+             f"means over {seeds} seed(s). Percentages: weights pruned.")
+    print(f"\n{charts.text_table(HEADER, cells)}\n\n{conclude(table)}\n{path}.csv, .json, .png")
 
 
 if __name__ == "__main__":

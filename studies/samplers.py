@@ -1,114 +1,151 @@
-"""Prune the network, or take fewer steps? Quality against the multiply-accumulates and seconds of a sample.
+"""Prune the network, or take fewer sampling steps? Quality against the cost of a sample.
 
-    python -m studies.samplers                                                # a small run on digits: minutes
-    python -m studies.samplers --from runs/mnist runs/mnist_channels          # finished runs of one data set
+    python -m studies.samplers                               # a small run on digits: minutes
+    python -m studies.samplers --from runs/mnist --rounds 7 10
 
-Each network (dense, the tickets of the chosen rounds, channel tickets where a run has them) draws the same
-number of samples from the same noise with the ancestral sampler (2006.11239), DDIM (2010.02502) and DPM-
-Solver++(2M) (2211.01095) at several numbers of network evaluations. The work of a sample is evaluations times
-the live multiply-accumulates of one: what a machine that skips zeros would do. The seconds are this
-machine's, which skips none: only channel tickets, which are smaller for real, save any. A setting is on the
-Pareto front when none is better at equal or less work.
+The dense network and the tickets draw equally many samples from the same noise, by ancestral
+sampling (Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, 2020, 2006.11239), DDIM
+(Song, Meng and Ermon, Denoising Diffusion Implicit Models, 2020, 2010.02502) and DPM-Solver++(2M)
+(Lu et al., DPM-Solver++, 2022, 2211.01095), with several numbers of network evaluations. The work
+of a sample is evaluations times live multiply-accumulates: what a machine that skips zeros would
+do. The seconds are those of this machine, which skips none. A setting is on the Pareto front if no
+other is at least as good at no higher cost.
 
-What would change our mind about 'fewer steps are the cheaper way': tickets that fill the front at low work.
+What would change our mind about 'fewer steps are the cheaper way': tickets that fill the front at
+low work.
 """
-import os
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module:  python -m studies.samplers")
+
 import time
 
 import numpy as np
 
-import lth_diffusion as lth
-from ddpm import positive_int
+from ddpm import NOISE
+from studies.common import Study, add_run_flag, check_rounds, open_run
+from support import charts, cli
 
-STEPS = dict(ddpm=(50, 250), ddim=(5, 10, 20, 50), dpm=(5, 10, 20, 50))  # the ancestral one is lost below 50
-HEADER = ["run", "seed", "round", "arm", "sparsity", "sampler", "evaluations", "GMACs a sample", "s/1000",
-          "fid_domain", "front of work", "front of seconds"]
-
-
-def networks(exp, rows, args):
-    """The jobs to compare: dense, and the tickets of the rounds asked for."""
-    rounds = args.rounds or exp.args.control_rounds
-    jobs = [job for job in rows if job.arm == "dense" or job.arm == "rewind" and job.round in rounds]
-    lth.check_rounds(rounds, rows)
-    return jobs
+# Ancestral sampling is poor below 50 evaluations.
+STEPS = dict(ddpm=(50, 250), ddim=(5, 10, 20, 50), dpm=(5, 10, 20, 50))
+STYLES = dict(ddpm="dotted", ddim="solid", dpm="dashed")
+SETTING = "round", "arm", "sampler", "evaluations"
+COSTS = {"work": "GMACs per sample", "seconds": "s/1000"}
+MEANS = "sparsity", *COSTS.values(), "fid_domain"
+HEADER = ["seed", *SETTING, *MEANS, "front of work", "front of seconds"]
 
 
-def lines(exp, rows, args):
-    """Rows of HEADER but for the two fronts."""
-    name = os.path.basename(os.path.normpath(exp.args.out))
-    for job in networks(exp, rows, args):
-        model, _ = exp.rebuild(exp.load(job), "ema")
-        for sampler, counts in STEPS.items():
-            for steps in counts:
-                began = time.monotonic()
-                samples = exp.draw(model, args.samples, sampler=sampler, steps=steps,
-                                   label=f"{job}: {sampler} {steps}")
-                seconds = 1000 * (time.monotonic() - began) / args.samples
-                value = exp.quality(samples)["fid_domain"]
-                yield [name, job.seed, job.round, job.arm, rows[job]["sparsity"], sampler, steps,
-                       steps * rows[job]["macs_live"] / 1e9, seconds, value]
-        print(f"{name}, {job}: done", flush=True)
+def measure(exp, rows, jobs, n):
+    """Rows of HEADER, as dicts, without the fronts: each job sampled in each way."""
+    for job in jobs:
+        model, row = exp.load(job).ema, rows[job]
+        for sampler, steps in settings(exp.diffusion):
+            began = time.monotonic()
+            samples = exp.draw(model, n, sampler=sampler, steps=steps,
+                               label=f"{job}: {sampler} {steps}")
+            seconds = 1000 * (time.monotonic() - began) / n
+            fid = exp.quality(samples)["fid_domain"]
+            work = steps * row["macs_live"] / 1e9
+            values = row["sparsity"], work, seconds, fid
+            yield dict(zip(HEADER, [*job, sampler, steps, *values]))
+        print(f"{job}: done", flush=True)
 
 
-def setting(row):
-    """What a row is of, whatever its seed: run, round, arm, sampler, evaluations."""
-    return row[0], row[2], row[3], row[5], row[6]
+def settings(diffusion):
+    """(sampler, evaluations) of STEPS that begin at noise with this noise schedule."""
+    for sampler, counts in STEPS.items():
+        for steps in counts:
+            start = (steps - 1) * (diffusion.T // steps)
+            if diffusion.alphas_bar[start] <= NOISE:
+                yield sampler, steps
 
 
-def over_seeds(table):
-    """{setting: row with the means of work, seconds and fid_domain over seeds}."""
-    groups = {}
+def setting_of(row):
+    """What the seeds share."""
+    return tuple(row[name] for name in SETTING)
+
+
+def means_of(table):
+    """{setting: row with the means over seeds}."""
+    groups, means = {}, {}
     for row in table:
-        groups.setdefault(setting(row), []).append(row)
-    return {key: [*rows[0][:7], *np.mean([row[7:10] for row in rows], axis=0).tolist()]
-            for key, rows in groups.items()}
+        groups.setdefault(setting_of(row), []).append(row)
+    for setting, rows in groups.items():
+        means[setting] = dict(rows[0])
+        for name in MEANS:
+            means[setting][name] = float(np.mean([row[name] for row in rows]))
+    return means
 
 
-def on_front(table, cost):
-    """For each row whether no other is better in fid_domain at equal or less of column `cost`."""
-    return [not any(other is not row and other[cost] <= row[cost] and other[9] <= row[9] for other in table)
-            for row in table]
+def front(means, cost):
+    """The settings on the Pareto front of fid_domain and a column of costs, cheapest first."""
+    points = {setting: (row[cost], row["fid_domain"]) for setting, row in means.items()}
+
+    def beaten(x, y):
+        return any(a <= x and b <= y and (a, b) != (x, y) for a, b in points.values())
+    best = [setting for setting, point in points.items() if not beaten(*point)]
+    return sorted(best, key=points.get)
 
 
-def draw(table, path, note):
-    """fid_domain against work, a line a network and sampler, means over seeds."""
-    groups = {}
-    for row in over_seeds(table).values():
-        groups.setdefault((f"{row[3]} {100 * row[4]:.0f} %", row[5], row[0]), []).append(row)
-    series = [dict(label=f"{label}, {sampler}", x=[row[7] for row in group], y=[row[9] for row in group],
-                   style={"ddim": "solid", "dpm": "dashed", "ddpm": "dotted"}[sampler])
-              for (label, sampler, _), group in groups.items()]
-    lth.line_chart(series, path, "Fewer steps, or a sparser network?",
-                   "billions of live multiply-accumulates a sample (log)", "fid_domain (log)", log_x=True,
-                   log_y=True, height=520, note=note)
+def name_of(row):
+    """The network and its sampler."""
+    pruned = f" {100 * row['sparsity']:.1f} %" * (row["round"] > 0)
+    return f"{row['arm']}{pruned}, {row['sampler']}"
+
+
+def draw(means, path, note):
+    """fid_domain against work: one line per network and sampler."""
+    lines = {}
+    for row in means.values():
+        new = dict(label=name_of(row), x=[], y=[], style=STYLES[row["sampler"]])
+        line = lines.setdefault(name_of(row), new)
+        line["x"].append(row[COSTS["work"]])
+        line["y"].append(row["fid_domain"])
+    charts.line_chart(
+        lines.values(), path, "Fewer sampling steps, or a sparser network?",
+        "billions of live multiply-accumulates per sample (log)",
+        "fid_domain (log)", log_x=True, log_y=True, height=520, note=note)
+
+
+def mark_front(table, means, name):
+    """Mark the rows on a front; return what it shows."""
+    cost, shown = COSTS[name], []
+    best = front(means, cost)
+    for row in table:
+        row[f"front of {name}"] = "yes" if setting_of(row) in best else ""
+    for row in map(means.get, best):
+        shown.append(f"{name_of(row)} {row['evaluations']} ({row[cost]:.3g}, "
+                     f"{row['fid_domain']:.1f})")
+    return f"Front of {name} ({cost}, fid_domain), cheapest first: {'; '.join(shown)}."
 
 
 def main(argv=None):
     """The command line."""
-    study = lth.Study("samplers", __doc__)
+    study = Study("studies.samplers", __doc__)
+    add_run_flag(study)
     add = study.add_argument
-    add("--from", dest="runs", nargs="+", default=[None], metavar="runs/NAME",
-        help="finished runs of one data set (default: a small one on digits)")
-    add("--rounds", nargs="+", type=positive_int, help="which tickets (default: those with controls)")
-    add("--samples", type=positive_int, default=500, help="samples a setting (default: 500)")
+    add("--rounds", nargs="+", type=cli.positive_int,
+        help="rounds of the tickets (default: those with controls)")
+    # Precision and recall, by 3 neighbours, need 4.
+    add("--samples", default=500, type=cli.checked(int, lambda n: n >= 4, "4 or more"),
+        help="samples per setting (default: 500)")
     with study.arguments(argv) as args:
-        found = [lth.open_run(run) for run in args.runs]
-        names = {exp.args.dataset for exp, _ in found}
-        if len(names) > 1:
-            raise ValueError(f"--from: runs of different data sets: {', '.join(sorted(names))}")
-        table = [line for exp, rows in found for line in lines(exp, rows, args)]
-        means = over_seeds(table)
-        fronts = [dict(zip(means, on_front(list(means.values()), cost))) for cost in (7, 8)]
-        table = [[*row, *("yes" if front[setting(row)] else "" for front in fronts)] for row in table]
-        path = os.path.join(args.out, f"samplers_{names.pop()}")
-        study.save(path, HEADER, table, found[0][0].device, n=args.samples)
-        draw(table, path + ".png", f"n={args.samples:,} samples a figure from the same noise; "
-             "percentages: weights pruned; means over seeds.")
-    best = [f"{row[3]} {100 * row[4]:.0f} % with {row[5]} {row[6]} ({row[7]:.2f} GMACs, {row[9]:.1f})"
-            for key, row in sorted(means.items(), key=lambda item: item[1][7]) if fronts[0][key]]
-    print(f"\n{lth.text_table(HEADER, table)}\n\nThe front of work, cheapest first: {'; '.join(best)}.\n"
-          f"{len({row[1] for row in table})} seed(s), n={args.samples:,} samples: differences of a few per "
-          f"cent are noise.\n{path}.csv, .json, .png")
+        exp, rows = open_run(args.run, methods=True)
+        rounds = args.rounds or exp.args.control_rounds
+        check_rounds(rounds, rows)
+        jobs = [job for job in rows
+                if job.arm == "dense" or job.arm == "ticket" and job.round in rounds]
+        table = list(measure(exp, rows, jobs, args.samples))
+        means = means_of(table)
+        said = [mark_front(table, means, name) for name in COSTS]
+        cells = [list(row.values()) for row in table]
+        path = f"{args.out}/samplers_{exp.args.dataset}"
+        study.save(path, HEADER, cells, exp.device, n=args.samples)
+        note = (f"{exp.args.dataset}: means over {len({job.seed for job in jobs})} seed(s), FID "
+                f"from {args.samples:,} samples from the same noise")
+        draw(means, path + ".png", note + ". Percentages: weights pruned.")
+    print(f"\n{charts.text_table(HEADER, cells)}\n")
+    print(*said, f"{note}. Differences of a few per cent are noise.",
+          f"{path}.csv, .json, .png", sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,249 +1,232 @@
 """Can different denoising steps do with different sparsity?
 
-    python -m studies.timesteps                               # makes a small run on digits first: minutes
+    python -m studies.timesteps                               # a small run on digits: minutes
     python -m studies.timesteps --from runs/mnist --pairs 0:10 5:10
 
-The open question of 2310.18823. Two nested tickets of one seed share the chain: one denoises while t >= the
-switch step ('early'), the other below it ('late'), in both directions, the switch swept from one end, where
-one network does everything, to the other. Work is counted by evaluation, so that m of the evaluations done by
-the sparser network cost the same whichever end of the chain they are at: there the two directions are
-compared, and with a single ticket of that much work, read off a straight line between the measured ones.
-The sampler is DDIM without noise from the same x_T: what differs is the networks' doing.
+Jiang et al., Successfully Applying Lottery Ticket Hypothesis to Diffusion Model, 2023 (2310.18823),
+leave this open. Two nested tickets of one seed share the sampling chain: one denoises while t is at
+least the switch step ('early'), the other below it ('late'). Both directions are tried. The switch
+moves from one end of the chain, where one network does everything, to the other. Work is counted in
+live multiply-accumulates per evaluation, averaged over the chain. The two directions do equal work
+when the sparser network does as many evaluations in both. There they are compared with each other
+and with a single ticket of that much work, interpolated linearly between the measured ones. The
+sampler is DDIM without noise, always from the same x_T, so that only the networks differ.
 
-weights own: the two tickets as they were trained, each by itself: both have to be stored.
-weights shared: the sparser mask on the denser one's trained weights, without any training of its own: stored
-are the denser ticket and one more mask.
+own      The two tickets as they were trained. Both have to be stored.
+shared   The sparser mask on the trained weights of the denser ticket, without further training.
+         One ticket and a second mask have to be stored.
 
-Beside it, without sampling and so with less noise: the error on eps by range of t, of every ticket and
-control over that of dense. The networks were trained on all t, so this cannot show what training each on its
-own range would give.
+All networks were trained on all t. This does not show what training each on its own range of t
+would give.
 
-What would change our mind about 'one mask for all steps is enough': a direction that in every seed is better
-than the other and than the single ticket at equal work.
+What would change our mind about 'one mask for all steps is enough': a direction that in every seed
+is better than the other one and than the single ticket at equal work.
 """
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module:  python -m studies.timesteps")
+
 import copy
-import os
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
-import lth_diffusion as lth
-import metrics
-from ddpm import as_input, denoiser, positive_int
-from prune import apply_masks, pack_masks
+from prune import apply_masks
+from studies.common import Study, add_run_flag, open_run, over_seeds
+from support import charts, cli
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the evaluations, done by the sparser network
-BUCKETS = 10  # ranges of t
 DIRECTIONS = "sparse early", "dense early"
-HEADER = ["seed", "denser", "sparser", "weights", "direction", "switch at t", "sparse evaluations",
-          "MMACs an evaluation", "GMACs a sample", "bytes", "fid_domain", "single ticket", "n"]
-ERRORS = ["seed", "round", "arm", "sparsity", "t from", "t below", "error", "over dense", "n"]
-
-
-class Network(NamedTuple):
-    model: nn.Module
-    masks: dict
-    macs: int  # live multiply-accumulates of an evaluation
-    bytes: int  # of its ticket file
+PAIR = "denser", "sparser"
+NOTE = ("own: each ticket as it was trained; shared: the sparser mask on "
+        "the denser weights; single ticket: interpolated.")
 
 
 class Switch(nn.Module):
-    """Two networks as one: `early` for t >= switch, `late` below; t as networks are told it, 0 to 1,000."""
+    """Two networks as one: `early` for t >= switch, `late` below; all t (B,) are equal."""
 
     def __init__(self, early, late, switch):
         super().__init__()
-        self.early, self.late, self.switch = early, late, switch
+        self.early, self.late = early, late
+        self.switch = switch
 
     def forward(self, x, t):
-        noisy = t >= self.switch  # (B,)
-        if bool(noisy.all()) or not bool(noisy.any()):  # in sampling all t are one
-            return (self.early if bool(noisy[0]) else self.late)(x, t)
-        return torch.where(noisy[:, None, None, None], self.early(x, t), self.late(x, t))
+        early = t[0] >= self.switch
+        return (self.early if early else self.late)(x, t)
 
 
 def inherit(dense, sparse):
-    """`sparse`'s mask on `dense`'s trained weights. ValueError unless it lies within the denser mask."""
-    if any(bool((mask & ~dense.masks[name]).any()) for name, mask in sparse.masks.items()):
-        raise ValueError("these tickets are not nested: take a run of --method imp or oneshot")
-    model = copy.deepcopy(dense.model)
+    """The sparser ticket with the weights of the denser one (both lth.Trained)."""
+    model = copy.deepcopy(dense.ema)
     apply_masks(model, sparse.masks)
-    return sparse._replace(model=model)
+    return sparse._replace(ema=model)
 
 
-def storage(dense, sparse, m, nfe, shared):
-    """Bytes to keep: of the one network where it does everything, else of both; shared weights are kept once,
-    with a second mask."""
-    if m in (0, nfe):
-        return (sparse if m else dense).bytes
-    bits = sum(len(packed) for packed in pack_masks(sparse.masks).values())
-    return dense.bytes + (bits if shared else sparse.bytes)
+def score(exp, model, n, label):
+    """fid_domain of n samples by DDIM."""
+    samples = exp.draw(model, n, sampler="ddim", label=label)
+    return exp.quality(samples)["fid_domain"]
 
 
-def score(exp, model, args, label):
-    """fid_domain of n samples by DDIM without noise."""
-    return exp.quality(exp.draw(model, args.samples, sampler="ddim", label=label))["fid_domain"]
+def sweep(exp, dense, sparse, ends, n):
+    """The rows of all switch steps and both directions, without what they have in common.
 
-
-def sweep(exp, dense, sparse, ends, args, shared):
-    """(direction, switch, m, MACs an evaluation, bytes, fid_domain) for m sparse evaluations; ends: the
-    fid_domain of the dense and of the sparse network alone."""
-    nfe, stride = exp.args.nfe, exp.diffusion.T // exp.args.nfe
+    ends: fid_domain of the denser network alone and of the sparser one alone.
+    """
+    nfe = exp.args.nfe
+    stride = exp.diffusion.T // nfe
+    macs = [net.row["macs_live"] for net in (dense, sparse)]
     for m in sorted({round(share * nfe) for share in SHARES}):
-        macs, size = (m * sparse.macs + (nfe - m) * dense.macs) / nfe, storage(dense, sparse, m, nfe, shared)
+        work = ((nfe - m) * macs[0] + m * macs[1]) / nfe
         for direction in DIRECTIONS:
-            first = direction == "sparse early"
-            switch = exp.diffusion.clock((nfe - m if first else m) * stride)  # t = i * stride: so many below
-            early, late = (sparse, dense) if first else (dense, sparse)
-            value = ends[m > 0] if m in (0, nfe) else score(
-                exp, Switch(early.model, late.model, switch), args, f"{direction}, {m} of {nfe}")
-            yield direction, switch, m, macs, size, value
+            if direction == "sparse early":
+                early, late, below = sparse, dense, nfe - m
+            else:
+                early, late, below = dense, sparse, m
+            switch = below * stride  # of t = i * stride, so many lie below it
+            if m in (0, nfe):
+                fid = ends[m > 0]
+            else:
+                model = Switch(early.ema, late.ema, switch)
+                fid = score(exp, model, n, f"{direction}, {m} of {nfe}")
+            yield dict(direction=direction, switch=switch, sparse_evaluations=m,
+                       mmacs=work / 1e6, fid_domain=fid)
 
 
-def lines(exp, rows, seed, pairs, args):
-    """Rows of HEADER of one seed."""
-    jobs = {job.round: job for job in rows if job.seed == seed and job.arm in ("dense", "rewind")}
-    nets = {round: Network(*exp.rebuild(exp.load(job), "ema"), rows[job]["macs_live"],
-                           rows[job]["ticket_bytes"]) for round, job in jobs.items()}
-    cut = {pair: inherit(nets[pair[0]], nets[pair[1]]) for pair in pairs}
-    alone = {round: score(exp, net.model, args, str(jobs[round])) for round, net in nets.items()}
-    singles = sorted((net.macs, alone[round]) for round, net in nets.items())
+def measure(exp, rows, seed, pairs, n):
+    """The rows of one seed: fid_domain and mmacs, millions of live MACs per evaluation."""
+    nets, alone = {}, {}
+    for job in rows:
+        if job.seed == seed and job.arm in ("dense", "ticket"):
+            net = nets[job.round] = exp.load(job)
+            alone[job.round] = score(exp, net.ema, n, str(job))
+    singles = sorted((net.row["macs_live"] / 1e6, alone[r]) for r, net in nets.items())
     for a, b in pairs:
-        for weights, sparse in (("own", nets[b]), ("shared", cut[a, b])):
-            shared = weights == "shared"
-            ends = alone[a], score(exp, sparse.model, args, "shared, alone") if shared else alone[b]
-            for direction, switch, m, macs, size, value in sweep(exp, nets[a], sparse, ends, args, shared):
-                yield [seed, a, b, weights, direction, switch, m, macs / 1e6, macs * exp.args.nfe / 1e9, size,
-                       value, float(np.interp(macs, *zip(*singles))), args.samples]
+        cut = inherit(nets[a], nets[b])
+        cut_alone = score(exp, cut.ema, n, f"seed {seed}, shared")
+        both = dict(own=(nets[b], alone[b]), shared=(cut, cut_alone))
+        for weights, (sparse, end) in both.items():
+            for row in sweep(exp, nets[a], sparse, (alone[a], end), n):
+                single = float(np.interp(row["mmacs"], *zip(*singles)))
+                yield dict(seed=seed, denser=a, sparser=b, weights=weights,
+                           **row, single_ticket=single, n=n)
 
 
-def eps_error(diffusion, predict, x0, t, noise):
-    """Mean squared error on eps of images (N, C, H, W), whatever the network says, in batches of 250."""
-    squares = []
-    for part, times, eps in zip(*(v.split(250) for v in (x0, t, noise))):
-        found = diffusion.predict(predict, diffusion.q_sample(part, times, eps), times)
-        squares.append((found - eps).square().flatten(1).mean(1))
-    return torch.cat(squares).mean().item()
+def select(table, **values):
+    """The rows with these values."""
+    return [row for row in table if row.items() >= values.items()]
 
 
-def error_lines(exp, rows, seed, rounds, n):
-    """Rows of ERRORS of one seed: every network meets the same n images and noise in every range of t."""
-    jobs = [job for job in rows if job.seed == seed and (
-        job.arm == "dense" or job.round in rounds and job.arm in ("twin", *lth.ARMS))]
-    x0 = as_input(metrics.random_draw(exp.test, n)).to(exp.device)
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(lth.EVAL_SEED)).to(exp.device)
-    edges, dense = [exp.diffusion.T * k // BUCKETS for k in range(BUCKETS + 1)], {}
-    for job in jobs:
-        predict = denoiser(exp.rebuild(exp.load(job), "ema")[0], exp.precision)
-        for low, high in zip(edges, edges[1:]):
-            t = torch.linspace(low, high - 1, len(x0)).round().long().to(exp.device)
-            value = eps_error(exp.diffusion, predict, x0, t, noise)
-            yield [seed, job.round, job.arm, rows[job]["sparsity"], exp.diffusion.clock(low),
-                   exp.diffusion.clock(high), value, value / dense.setdefault(low, value), len(x0)]
-
-
-def means(rows, key, value):
-    """{key(row): mean of value(row)}, in order."""
+def means(table, keys, column):
+    """{values of the keys: mean of the column}, in order."""
     groups = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(value(row))
-    return {name: np.mean(values, axis=0) for name, values in groups.items()}
+    for row in table:
+        key = tuple(row[name] for name in keys)
+        groups.setdefault(key, []).append(row[column])
+    return {key: float(np.mean(group)) for key, group in groups.items()}
 
 
-def over_seeds(values):
-    """Mean of one value a seed, and its 90 % interval where there are three."""
-    mean, low, high = metrics.over_seeds(values)
-    return f"{mean:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
+def differences(table):
+    """{comparison: differences of fid_domain at equal work, one per seed} of one pair of networks.
+
+    Each is a mean over the inner switch steps.
+    """
+    nfe = table[-1]["sparse_evaluations"]
+    inner = [row for row in table if 0 < row["sparse_evaluations"] < nfe]
+
+    def by_seed(rows, column):
+        return np.array(list(means(rows, ["seed"], column).values()))
+    single = by_seed(inner, "single_ticket")
+    early, late = (by_seed(select(inner, direction=name), "fid_domain")
+                   for name in DIRECTIONS)
+    return {"sparse early - dense early": early - late,
+            "sparse early - single ticket": early - single,
+            "dense early - single ticket": late - single}
 
 
-def conclude(table, errors):
-    """What was and was not shown; of the sweep a mean over the inner switch steps for every seed."""
-    said, n = [], len({row[0] for row in table})
-    for pair in dict.fromkeys(tuple(row[1:4]) for row in table):
-        inner = [row for row in table if tuple(row[1:4]) == pair and 0 < row[6] < table[-1][6]]
-        both = means(inner, lambda row: (row[4], row[0]), lambda row: (row[10], row[11]))
-        early, late = (np.array([v for key, v in both.items() if key[0] == d]) for d in DIRECTIONS)
-        said.append(f"Rounds {pair[0]} and {pair[1]}, {pair[2]} weights: at equal work sparse early less "
-                    f"dense early {over_seeds(early[:, 0] - late[:, 0])} fid_domain; less the single ticket "
-                    f"(interpolated) sparse early {over_seeds(early[:, 0] - early[:, 1])}, dense early "
-                    f"{over_seeds(late[:, 0] - late[:, 1])}.")
-    last = [row for row in errors if row[2] == "rewind" and row[1] == max(row[1] for row in errors)]
-    ratio = means(last, lambda row: f"{row[4]:g} to {row[5]:g}", lambda row: row[7])
-    low, high = min(ratio, key=ratio.get), max(ratio, key=ratio.get)
-    said.append(f"The last ticket's error on eps over dense's is smallest, {ratio[low]:.3f}, for t from "
-                f"{low}, and largest, {ratio[high]:.3f}, from {high}.")
-    ending = "; fewer than 3: no verdict." if n < 3 else "; brackets: 90 % over seeds."
-    return "\n".join([*said, f"n={n} seed{'s' * (n > 1)}{ending}"])
+def conclude(table):
+    """What was and was not shown."""
+    said = []
+    for a, b, weights in means(table, [*PAIR, "weights"], "n"):
+        mine = select(table, denser=a, sparser=b, weights=weights)
+        parts = []
+        for name, values in differences(mine).items():
+            mean, low, high = over_seeds(values)
+            interval = "" if low is None else f" [{low:+.2f}, {high:+.2f}]"
+            parts.append(f"{name} {mean:+.2f}{interval}")
+        said.append(f"Rounds {a} and {b}, {weights} weights, fid_domain at equal work: "
+                    f"{', '.join(parts)}.")
+    n = len(means(table, ["seed"], "n"))
+    ending = "brackets: 90 % intervals over seeds"
+    if n < 3:
+        ending = "fewer than 3: no verdict"
+    return "\n".join([*said, f"Seeds: {n}; {ending}."])
 
 
 def draw(table, path, note):
-    """fid_domain of the first pair against work: a line a direction, beside the single tickets."""
-    table, series = [row for row in table if row[1:3] == table[0][1:3]], []
-    for weights, style in (("own", "solid"), ("shared", "dashed")):
+    """fid_domain of one pair against work: a line per direction, beside the single tickets."""
+    place = ["sparse_evaluations"]  # the work there differs a little by seed
+    x = list(means(table, place, "mmacs").values())
+    y = list(means(table, place, "single_ticket").values())
+    series = [dict(label="single ticket", x=x, y=y, style="dotted", shape=None)]
+    for weights, style in ("own", "solid"), ("shared", "dashed"):
         for direction in DIRECTIONS:
-            mine = means([row for row in table if row[3:5] == [weights, direction]], lambda row: row[6],
-                         lambda row: (row[7], row[10]))  # the work of a share differs a little by seed
-            x, y = zip(*mine.values())
-            series.append(dict(label=f"{direction}, {weights}", x=x, y=y, style=style))
-    x, y = zip(*means(table, lambda row: row[6], lambda row: (row[7], row[11])).values())
-    series.append(dict(label="single ticket", x=x, y=y, style="dotted", shape=None, colour="#555555"))
-    lth.line_chart(series, path, "Which steps can be sparse?", "millions of live multiply-accumulates an "
-                   "evaluation, on average", "fid_domain (log)", log_y=True, note=note)
+            mine = select(table, weights=weights, direction=direction)
+            y = list(means(mine, place, "fid_domain").values())
+            label = f"{direction}, {weights}"
+            series.append(dict(label=label, x=x, y=y, style=style))
+    charts.line_chart(
+        series, path, "Which denoising steps can be sparse?",
+        "millions of live multiply-accumulates per evaluation, on average",
+        "fid_domain (log)", log_y=True, note=note)
 
 
-def draw_errors(errors, path, note):
-    """The error on eps over dense's by range of t, a line a network."""
-    series = []
-    for name in dict.fromkeys(tuple(row[1:3]) for row in errors if row[2] != "dense"):
-        mine = [row for row in errors if tuple(row[1:3]) == name]
-        ratio = means(mine, lambda row: (row[4] + row[5]) / 2, lambda row: row[7])
-        series.append(dict(label=f"{name[1]} {100 * mine[0][3]:.0f} %", x=list(ratio), y=list(ratio.values()),
-                           style="solid" if name[1] == "rewind" else "dashed"))
-    lth.line_chart(series, path, "At which noise levels is sparsity cheap?", "t", "error on eps over dense's",
-                   hlines=[("dense", 1.0, "dotted")], note=note)
+a_pair = cli.checked(lambda text: tuple(map(int, text.split(":"))),
+                     lambda pair: len(pair) == 2 and pair[0] < pair[1],
+                     "two rounds, the denser one first, as in 0:10")
 
 
-def choose_pairs(texts, rows):
-    """[(0, 10), ...] from ["0:10", ...], the denser one first; dense and the first ticket with the last."""
-    there = sorted({job.round for job in rows if job.arm in ("dense", "rewind")})
-    pairs = [tuple(map(int, text.split(":"))) for text in texts or ()] or [
-        (a, there[-1]) for a in there[:min(2, len(there) - 1)]]
-    if any(len(pair) != 2 or not set(pair) <= set(there) or pair[0] >= pair[1] for pair in pairs):
-        raise ValueError(f"argument --pairs: two rounds each, as in 0:{there[-1]}, of {there}")
+def choose_pairs(pairs, rows):
+    """The pairs asked for; or dense and the first ticket, each with the last ticket."""
+    rounds = {}
+    for job in rows:
+        if job.arm in ("dense", "ticket"):
+            rounds.setdefault(job.seed, set()).add(job.round)
+    there = sorted(set.intersection(*rounds.values()))
+    pairs = pairs or [(a, there[-1]) for a in there[:-1][:2]]
+    if not pairs or set().union(*pairs) - set(there):
+        cli.refuse("pairs", f"two of {there}, the rounds that all seeds have")
     return pairs
 
 
 def main(argv=None):
     """The command line."""
-    study = lth.Study("timesteps", __doc__)
+    study = Study("studies.timesteps", __doc__)
+    add_run_flag(study)
     add = study.add_argument
-    add("--from", dest="run", metavar="runs/NAME", help="a finished run (default: a small one on digits)")
-    add("--pairs", nargs="+", metavar="A:B",
-        help="rounds of the denser and the sparser ticket, 0 for dense (default: 0 and first with last)")
-    add("--samples", type=positive_int, help="samples behind a fid_domain (default: the run's)")
-    add("--images", type=positive_int, default=400, help="held-out images a range of t (default: 400)")
+    add("--pairs", nargs="+", type=a_pair, metavar="A:B",
+        help="rounds of the denser and the sparser ticket, 0 for dense (default: dense and the "
+             "first ticket, each with the last)")
+    add("--samples", type=cli.checked(int, lambda n: n >= 4, "4 or more"),
+        help="samples behind a fid_domain (default: the run's)")
     with study.arguments(argv) as args:
-        exp, rows = lth.open_run(args.run)
-        if exp.args.granularity == "channel":
-            raise ValueError(f"{exp.args.out} has channel tickets, which are no masks of one network")
-        args.samples = args.samples or exp.args.samples
-        pairs = choose_pairs(args.pairs, rows)
-        path, table, errors = os.path.join(args.out, f"timesteps_{exp.args.dataset}"), [], []
-        for number, seed in enumerate(dict.fromkeys(job.seed for job in rows), 1):
-            errors += error_lines(exp, rows, seed, {round for pair in pairs for round in pair}, args.images)
-            study.save(path + "_errors", ERRORS, errors, exp.device, n=args.images)
-            table += lines(exp, rows, seed, pairs, args)
-            study.save(path, HEADER, table, exp.device, n=args.samples, nfe=exp.args.nfe)
-            draw(table, path + ".png", f"{exp.args.dataset}, DDIM, {exp.args.nfe} evaluations, n="
-                 f"{args.samples:,} samples from one x_T, means over {number} seed(s). Rounds "
-                 f"{pairs[0][0]} and {pairs[0][1]}. Own: each as it was trained; shared: the sparser mask on "
-                 "the denser one's weights. Single: on a straight line between measured tickets.")
-            draw_errors(errors, path + "_errors.png", f"{exp.args.dataset}, {args.images} held-out images a "
-                        f"range of t, {number} seed(s). Percentages: weights pruned.")
+        exp, rows = open_run(args.run)
+        a, n = exp.args, args.samples or exp.args.samples
+        pairs, table = choose_pairs(args.pairs, rows), []
+        seeds = cli.once(job.seed for job in rows)
+        path = f"{args.out}/timesteps_{a.dataset}"
+        for seed in seeds:
+            table += measure(exp, rows, seed, pairs, n)
+            header = list(table[0])
+            cells = [list(row.values()) for row in table]
+            study.save(path, header, cells, exp.device, nfe=a.nfe)
             print(f"seed {seed}: done", flush=True)
-    print(f"\n{lth.text_table(HEADER, table)}\n\n{lth.text_table(ERRORS, errors)}\n\n"
-          f"{conclude(table, errors)}\n{path}.csv, .json, .png, {path}_errors.csv, .json, .png")
+        first = dict(zip(PAIR, pairs[0]))
+        note = (f"{a.dataset}, rounds {pairs[0][0]} and {pairs[0][1]}; DDIM with "
+                f"{a.nfe} evaluations; FID from {n:,} samples; "
+                f"means over {len(seeds)} seed(s); {NOTE}")
+        draw(select(table, **first), path + ".png", note)
+    print(f"\n{charts.text_table(header, cells)}\n\n{conclude(table)}")
+    print(f"{path}.csv, .json, .png")
 
 
 if __name__ == "__main__":

@@ -1,295 +1,287 @@
-"""Do tickets transfer, to another data set and to a network of another depth?
+"""Do tickets transfer to another data set, or to a network of another depth?
 
-    python -m studies.transfer --from runs/A runs/B           # part one too: two runs of one --preset
-    python -m studies.transfer                                # part two, digits: half an hour
-    python -m studies.transfer --part depth --seeds 0 1 2 --steps 560
+    python -m studies.transfer --from runs/A runs/B    # data sets: two runs of one --preset
+    python -m studies.transfer                         # depth, on digits: half an hour
+    python -m studies.transfer --seeds 0 1 2 --steps 560
 
-data   Both ways between two finished runs. On B's images, with B's batches and schedule from its step k: B's
-       own ticket and its controls (B's mask shuffled, B's mask on a new initialisation: the run's rows), A's
-       mask on B's theta_k, A's mask and A's theta_k (the whole ticket), A's mask shuffled in each layer,
-       which keeps A's layer densities only. Runs of one seed share theta_0, so that a place means the same
-       in both; beside their masks' overlap stands that of A's and B's masks of different seeds, and chance.
-depth  Elastic tickets (2103.16547), here in a U-Net: from 2 residual blocks a level to 3 (stretch) and to 1
-       (squeeze). A block on the way up reads a skip, so the unit is a block on the way down with the one on
-       the way up that reads it. Units are copied, theta_k and mask together, between places of a level with
-       equal shapes: B1 B1 B2 where there are more places than units, the first ones where there are fewer.
-       All else (stem, head, time, middle, changes of resolution and what reads them) goes one to one.
-       Beside it: the target's own IMP ticket, the dense target, the elastic mask on a new initialisation
-       and the elastic theta_k under the mask shuffled in each layer.
+Data sets, both ways. The ticket of A trains on the images of B as B's own ticket does, from step k.
+Compared on B: its own ticket and controls, the mask of A on theta_k of B, the mask and theta_k of A
+(the foreign ticket), and the mask of A shuffled within each layer, which keeps only the layer
+densities. Runs of one seed share theta_0, so a place in the network means the same in both.
 
-All train on from the same step k with the same batches, but dense and new initialisations, which train from
-step 0 and so are spared the fresh optimizer that costs the dense network's rewound twin so much. Paired by
-seed. Each data set has its own ruler: compare fid_domain within a target. The target's own ticket has cost
-its dense run and every round, a foreign one none of that; copied units move the density a little: see
-`sparsity`. Only depth, one family, one source; nothing on which unit should go where.
+Depth. Elastic tickets (Chen et al., The Elastic Lottery Ticket Hypothesis, 2021, 2103.16547) for a
+U-Net: from 2 residual blocks per level to 3 and to 1. A unit is a block on the way down with the
+block on the way up that reads it through a skip connection. Units are copied, theta_k and mask
+together, to places of equal shapes: B1 B1 B2 where there are more places than units, the first
+units where there are fewer. All other layers are copied one to one, so the density changes a
+little. Other flags go to lth_diffusion.py, which makes these runs.
 
-What would change our mind about 'a ticket is more than its layer densities': shuffled foreign masks that do
-as well as the foreign mask; about 'it is made for its data': foreign masks that do as well as the own.
+Differences are paired by seed. Dense networks and new initialisations train from step 0 and are
+spared the fresh optimizer of the others. Each data set has its own feature extractor: compare
+fid_domain within a target.
+
+What would change our mind about 'a ticket is more than its layer densities': shuffled foreign masks
+that do as well as the foreign mask. About 'it is made for its data': foreign masks that do as well
+as the own ticket.
 """
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module:  python -m studies.transfer")
+
+import collections
+import itertools
 import os
 
 import numpy as np
 import torch
 
 import lth_diffusion as lth
-import metrics
-from ddpm import DATASETS, positive_int, seed_number
-from prune import density, overlap, random_masks
-from unet import PRESETS, ResBlock
+from lth_diffusion import Job
+from prune import density, random_masks
+from studies.common import (SMALL, Study, fit, open_run, over_seeds,
+                            overlap, theta, ticket_masks)
+from support import charts, cli
+from unet import PRESETS, Downsample, ResBlock
 
-HEADER = ["seed", "from", "to", "network", "sparsity", "steps", "fid_domain", "val_loss", "n"]
-MASKS = ["from", "to", "seed", "other seed", "layer", "IoU", "by chance", "times chance"]
-OWN, SHUFFLED = "own ticket", "own mask, shuffled"
-ROWS = {OWN: "rewind", SHUFFLED: "random", "own mask, new init": "reinit", "dense": "dense",
-        "dense, rewound": "twin"}  # of a run
-ALIKE = "preset rounds prune_rate granularity schedule prediction".split()  # in a pair
-SOURCE, TARGETS = 2, (3, 1)  # residual blocks a level
-RUN = "--rounds 2 --final-sparsity 0.9 --arms rewind".split()  # flags of the runs of part two
+FIGURES = "sparsity", "steps", "fid_domain", "val_loss", "n_samples"
+Row = collections.namedtuple("Row", ["seed", "way", "network", *FIGURES])  # way: "A to B"
+OWN = "own ticket"
+ARMS = {OWN: "ticket", "own mask, shuffled": "random",
+        "own mask, new init": "reinit",
+        "dense": "dense", "dense, rewound": "twin"}  # of the target's run
+ALIKE = "preset", "rounds", "prune_rate", "schedule", "prediction"  # in two runs
+SOURCE, TARGETS = 2, (3, 1)  # residual blocks per level
+DEPTH_RUN = [*SMALL, "--steps", "400", "--controls"]  # no controls
 
 
-# ---------------------------------------------------------------------------------- what goes where, by depth
+# --------------------------------------------------------------------------- elastic tickets
 
 def partners(model):
-    """{block on the way up: the layer whose output it reads as its skip}, as UNet.forward stacks them."""
-    stack = ["conv_in"]
-    for i, level in enumerate(model.down):
-        stack += [f"down.{i}.blocks.{j}" for j in range(len(level.blocks))]
-        stack += [f"down.{i}.resample"] if level.resample is not None else []
-    return {f"up.{k}.blocks.{j}": stack.pop() for k, level in enumerate(model.up)
-            for j in range(len(level.blocks))}
+    """{block on the way up: the layer whose output it reads as its skip}, as in UNet.forward."""
+    stack, found = ["conv_in"], {}
+    for name, module in model.named_modules():
+        if name.startswith("down") and isinstance(module, (ResBlock, Downsample)):
+            stack.append(name)
+        if name.startswith("up") and isinstance(module, ResBlock):
+            found[name] = stack.pop()
+    return found
 
 
 def units(model):
-    """{(level and shapes, or the layer that is read): [unit, ..]}, in the order of the way down. A unit is
-    (block down, block up), or (block up,) where what it reads changes the resolution or is the stem."""
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, ResBlock)}
-    found = {}
+    """{(level, or layer that is read; shapes): [unit, ...]}, in the order of the way down.
+
+    A unit is (block down, block up), or (block up,) where that reads no block's output.
+    """
+    modules, found = dict(model.named_modules()), {}
     for up, read in reversed(partners(model).items()):
-        unit = (read, up) if read in blocks else (up,)
-        shapes = tuple(tuple(p.shape) for name in unit for p in blocks[name].parameters())
-        place = read.split(".")[1] if read in blocks else read
-        found.setdefault((place, shapes), []).append(unit)
+        paired = isinstance(modules[read], ResBlock)
+        unit, shapes = (read, up) if paired else (up,), []
+        for name in unit:
+            shapes += [tuple(p.shape) for p in modules[name].parameters()]
+        place = read.split(".")[1] if paired else read
+        found.setdefault((place, *shapes), []).append(unit)
     return found
 
 
 def block_map(source, target):
-    """{block of target: block of source}. ValueError where the source has no unit of a place's shapes."""
+    """{block of target: block of source}. ValueError where no unit of the source fits a place."""
     there, found = units(source), {}
     for key, places in units(target).items():
         if key not in there:
-            raise ValueError(f"no unit of the source fits {' and '.join(places[0])} of the target")
+            place = " and ".join(places[0])
+            raise ValueError(f"no unit of the source fits {place} of the target")
+        n = len(there[key])
         for q, place in enumerate(places):
-            found |= zip(place, there[key][q * len(there[key]) // max(len(places), len(there[key]))])
+            unit = there[key][q * n // max(n, len(places))]
+            found |= zip(place, unit)
     return found
 
 
 def elastic(source, masks, target):
     """(state, masks) of `target` from the weights and masks of `source`, place by place."""
     blocks = block_map(source, target)
-    # a block's attention stands beside it: down.0.attention.1 goes with down.0.blocks.1
-    blocks |= {name.replace("blocks", "attention"): old.replace("blocks", "attention")
-               for name, old in blocks.items()}
-    state, old_name = source.state_dict(), {}
+    weights, state, new_masks = source.state_dict(), {}, {}
     for name in target.state_dict():
         block = ".".join(name.split(".")[:4])
-        old_name[name] = blocks.get(block, block) + name[len(block):]
-    new_masks = {name: masks[old].clone() for name, old in old_name.items() if old in masks}
-    return {name: state[old].clone() for name, old in old_name.items()}, new_masks
+        old = blocks.get(block, block) + name[len(block):]
+        state[name] = weights[old].clone()
+        if old in masks:
+            new_masks[name] = masks[old].clone()
+    return state, new_masks
 
 
-# -------------------------------------------------------------------------------------------- what is trained
+# --------------------------------------------------------------------------- what is trained
+# A network to train is (its name, the model, masks, first step).
 
-def measure(exp, seed, names, model, masks, start=None):
-    """A row of HEADER: (from, to, network) trained on exp's data from step `start`, k unless given."""
-    start = exp.k if start is None else start
-    label = "_".join(["transfer", *names, f"seed{seed}"]).replace(",", "").replace(" ", "-")
-    ema = exp.fit(label, seed, model, masks, start=start)
-    fid = exp.quality(exp.draw(ema, label=f"{names[2]}: sample"))["fid_domain"]
-    print(f"seed {seed}, {names[0]} to {names[1]}, {names[2]}: fid_domain {fid:.2f}", flush=True)
-    return [seed, *names, 1 - density(masks), exp.args.steps - start, fid, exp.val_loss(ema.eval()),
-            exp.args.samples]
-
-
-def of_run(exp, rows, seed, start, end):
-    """Rows of HEADER that the target's run has already."""
-    for network, arm in ROWS.items():
-        job = lth.Job(seed, 0 if arm in ("dense", "twin") else exp.args.rounds, arm)
-        if job in rows:
-            row = rows[job]
-            yield [seed, start, end, network, row["sparsity"], row["steps"], row["fid_domain"],
-                   row["val_loss"], row["n_samples"]]
-
-
-def ticket(exp, seed):
-    """The masks of the last round."""
-    return exp.rebuild(exp.load(lth.Job(seed, exp.args.rounds, "rewind")))[1]
+def compare(exp, seed, way, networks):
+    """Rows of one seed on exp's data: what its run has trained, and the networks."""
+    for network, arm in ARMS.items():
+        number = 0 if arm in ("dense", "twin") else exp.args.rounds
+        if row := exp.rows.get(Job(seed, number, arm)):
+            yield Row(seed, way, network, *map(row.get, FIGURES))
+    for network, model, masks, start in networks:
+        words = f"{way} {network} seed{seed}"
+        label = words.replace(",", "").replace(" ", "-")
+        ema = fit(exp, f"transfer-{label}", seed, model, masks, start=start)
+        fid = exp.quality(exp.draw(ema))["fid_domain"]
+        print(f"{words}: fid_domain {fid:.2f}", flush=True)
+        figures = exp.args.steps - start, fid, exp.val_loss(ema), exp.args.samples
+        yield Row(seed, way, network, 1 - density(masks), *figures)
 
 
 def shuffled(masks, seed):
     """As many live weights in every layer, elsewhere."""
-    return random_masks(masks, torch.Generator().manual_seed(lth.MASK_SEED + seed))
+    generator = torch.Generator().manual_seed(lth.MASK_SEED + seed)
+    return random_masks(masks, generator)
 
 
-# ---------------------------------------------------------------------------------------------- the two parts
+def foreign(a, b, seed):
+    """Networks that train on b's data with the ticket of a."""
+    masks = ticket_masks(a, seed)
+    yield "foreign mask", theta(b, seed), masks, b.k
+    yield "foreign ticket", theta(a, seed), masks, b.k
+    moved = shuffled(masks, seed)
+    yield "foreign mask, shuffled", theta(b, seed), moved, b.k
+
+
+def stretched(a, b, seed):
+    """Networks of b's depth with the ticket of a."""
+    model, old_masks = b.new_model(seed), ticket_masks(a, seed)
+    state, masks = elastic(theta(a, seed), old_masks, model)
+    model.load_state_dict(state)
+    yield "elastic ticket", model, masks, b.k
+    new = b.new_model(lth.REINIT_SEED + seed)
+    yield "elastic mask, new init", new, masks, 0
+    model.load_state_dict(state)
+    moved = shuffled(masks, seed)
+    yield "elastic theta_k, shuffled mask", model, moved, b.k
+
+
+# --------------------------------------------------------------------------- the two studies
 
 def open_pair(folders):
-    """{name: (exp, rows)} of two runs, and their common seeds. ValueError where they cannot be compared."""
-    found = {}
+    """{name: experiment} of two runs, and the seeds whose tickets both have."""
+    found, facts, seeds = {}, [], []
     for folder in folders:
-        exp, rows = lth.open_run(folder)
-        found[os.path.basename(os.path.normpath(exp.args.out))] = exp, rows
+        exp, exp.rows = open_run(folder)
+        found[os.path.basename(os.path.normpath(folder))] = exp
+        last = exp.args.rounds, "ticket"
+        seeds.append({job.seed for job in exp.rows if job[1:] == last})
+        settings = {name: getattr(exp.args, name) for name in ALIKE}
+        shape = exp.images.shape[1:]
+        facts.append(settings | {"step k": exp.k, "image shape": shape})
     if len(found) < 2:
-        raise ValueError("--from: name two runs, in folders of different names")
-    (a, rows_a), (b, rows_b) = found.values()
-    what = {"--" + name.replace("_", "-"): (getattr(a.args, name), getattr(b.args, name)) for name in ALIKE}
-    what |= {"image shapes": (tuple(a.images.shape[1:]), tuple(b.images.shape[1:])), "step k": (a.k, b.k)}
-    if differ := [f"{name} {one} and {other}" for name, (one, other) in what.items() if one != other]:
-        raise ValueError(f"--from: these runs differ in {', '.join(differ)}")
-    if a.args.granularity == "channel":
-        raise ValueError("--from: channel tickets have no masks over the dense network's weights")
-    both = [{job.seed for job in rows if (job.round, job.arm) == (a.args.rounds, "rewind")}
-            for rows in (rows_a, rows_b)]
-    if not both[0] & both[1]:
-        raise ValueError("--from: these runs have no finished ticket of a common seed")
-    return found, sorted(both[0] & both[1])
+        cli.refuse("from", "name two runs, in folders of different names")
+    differ = [name for name, value in facts[0].items() if facts[1][name] != value]
+    if differ:
+        cli.refuse("from", f"these runs differ in {', '.join(differ)}")
+    if not seeds[0] & seeds[1]:
+        cli.refuse("from", "these runs have no finished ticket of a common seed")
+    return found, sorted(seeds[0] & seeds[1])
 
 
-def foreign(name_a, a, name_b, b, rows, seed):
-    """Rows of HEADER of one way, A's ticket on B's data, and B's own beside it."""
-    yield from of_run(b, rows, seed, name_a, name_b)
-    masks, whole = ticket(a, seed), b.new_model(seed)
-    whole.load_state_dict(a.theta(seed).state_dict())
-    for network, model, mask in (("foreign mask", b.theta(seed), masks), ("foreign ticket", whole, masks),
-                                 ("foreign mask, shuffled", b.theta(seed), shuffled(masks, seed))):
-        yield measure(b, seed, (name_a, name_b, network), model, mask)
-
-
-def overlaps(name_a, a, name_b, b, seeds):
-    """Rows of MASKS of every pair of seeds; by layer for those of one seed."""
-    one, other = ({seed: ticket(exp, seed) for seed in seeds} for exp in (a, b))
-    for seed in seeds:
-        for its in seeds:
-            layers = {"all": one[seed]} | ({name: {name: mask} for name, mask in one[seed].items()}
-                                           if its == seed else {})
-            for layer, masks in layers.items():
-                iou, chance = overlap(masks, other[its])
-                yield [name_a, name_b, seed, its, layer.removesuffix(".weight"), iou, chance, iou / chance]
+def overlaps(a, b, seeds):
+    """{kind of pair: [IoU of a mask of a and one of b, over that of random masks]}."""
+    ratios = {"one seed": [], "different seeds": []}
+    for one, other in itertools.product(seeds, seeds):
+        iou, chance = overlap(ticket_masks(a, one), ticket_masks(b, other))
+        kind = "one seed" if one == other else "different seeds"
+        ratios[kind].append(iou / chance)
+    return ratios
 
 
 def across_data(study, args):
-    """Part one."""
-    found, seeds = open_pair(args.runs_from)
-    (name_a, (a, _)), (name_b, (b, _)) = found.items()
-    path, table = os.path.join(args.out, f"transfer_data_{name_a}_{name_b}"), []
-    pairs = list(overlaps(name_a, a, name_b, b, seeds))
-    study.save(path + "_masks", MASKS, pairs, a.device)
+    """The study of two data sets."""
+    found, seeds = open_pair(args.pair)
+    (a, exp_a), (b, exp_b) = found.items()
+    ratios, table = overlaps(exp_a, exp_b, seeds), []
     for seed in seeds:
-        for start, end in ((name_a, name_b), (name_b, name_a)):
-            for row in foreign(start, found[start][0], end, *found[end], seed):
-                table.append(row)
-            study.save(path, HEADER, table, a.device, k={name: exp.k for name, (exp, _) in found.items()})
-    whole = [row for row in pairs if row[4] == "all"]
-    finish(table, path, "Tickets of another data set",
-           f"Preset {a.args.preset}. Each data set has a ruler of its own: compare marks of one shape.")
-    print(f"{lth.text_table(MASKS, whole)}\n{path}_masks.csv, .json")
-    for same in (True, False):
-        ratio = [row[7] for row in whole if (row[2] == row[3]) == same]
-        if ratio:
-            print(f"Masks of {'one seed' if same else 'different seeds'} overlap {np.mean(ratio):.2f} times "
-                  f"as much as by chance, n={len(ratio)} pairs.")
-
-
-def run_of(blocks, args):
-    """The finished run, (exp, rows), of a network of so many blocks a level; made where it is not there."""
-    preset = f"tiny-{blocks}-blocks"
-    PRESETS.update({preset: PRESETS["tiny"] | dict(blocks=blocks)})
-    flags = ["--dataset", args.dataset, "--preset", preset, "--steps", str(args.steps), "--seeds",
-             *map(str, args.seeds), "--out", os.path.join(args.runs, 
-                                              f"transfer_{args.dataset}_{args.steps}_{blocks}_blocks")]
-    return lth.run_alone(*lth.parse_args([*RUN, *flags]))
-
-
-def stretched(source, target, rows, seed, names):
-    """Rows of HEADER of one target: its own, and what came from the source."""
-    yield from of_run(target, rows, seed, *names)
-    theta, masks = elastic(source.theta(seed), ticket(source, seed), target.new_model(seed))
-    for network, mask, start in (("elastic ticket", masks, None), ("elastic mask, new init", masks, 0),
-                                 ("elastic theta_k, shuffled mask", shuffled(masks, seed), None)):
-        model = target.new_model(lth.REINIT_SEED + seed)
-        if start is None:
-            model.load_state_dict(theta)
-        yield measure(target, seed, (*names, network), model, mask, start)
+        networks = foreign(exp_a, exp_b, seed)
+        table += compare(exp_b, seed, f"{a} to {b}", networks)
+        networks = foreign(exp_b, exp_a, seed)
+        table += compare(exp_a, seed, f"{b} to {a}", networks)
+    path = os.path.join(args.out, f"transfer_data_{a}_{b}")
+    study.save(path, Row._fields, table, exp_a.device, k=exp_a.k,
+               overlap_over_chance=ratios)
+    finish(table, path, "Tickets of another data set")
+    for kind, values in ratios.items():
+        if values:
+            print(f"Masks of {kind} overlap {np.mean(values):.2f} times as much as "
+                  f"random masks (n={len(values)} pair(s)).")
 
 
 def across_depth(study, args):
-    """Part two."""
-    path, table = os.path.join(args.out, f"transfer_depth_{args.dataset}"), []
-    source, _ = run_of(SOURCE, args)
+    """The study of two other depths."""
+    made, table = {}, []
+    for blocks in SOURCE, *TARGETS:
+        preset = f"tiny-{blocks}-blocks"
+        PRESETS[preset] = PRESETS["tiny"] | dict(blocks=blocks)
+        given = [*DEPTH_RUN, *args.rest, "--preset", preset]
+        flags, parser = lth.parse_args(given)
+        seeds = list(flags.seeds)  # a run adds those of its folder
+        name = f"transfer_{flags.dataset}_{flags.steps}_{blocks}_blocks"
+        flags.out = os.path.join(args.runs, name)
+        made[blocks] = lth.run(flags, parser)
     for blocks in TARGETS:
-        target, rows = run_of(blocks, args)
-        for seed in args.seeds:
-            names = [f"{n} block{'s' * (n > 1)}" for n in (SOURCE, blocks)]
-            table += stretched(source, target, rows, seed, names)
-            study.save(path, HEADER, table, target.device, k=target.k, steps=args.steps)
-    finish(table, path, "Elastic tickets: stretched and squeezed", f"{args.dataset}, {args.steps:,} steps.")
+        target, way = made[blocks], f"{SOURCE} blocks to {blocks}"
+        for seed in seeds:
+            networks = stretched(made[SOURCE], target, seed)
+            table += compare(target, seed, way, networks)
+    path = os.path.join(args.out, f"transfer_depth_{flags.dataset}")
+    study.save(path, Row._fields, table, target.device, k=target.k)
+    finish(table, path, "Elastic tickets: stretched and squeezed")
 
 
-# ------------------------------------------------------------------------------------------------- the report
+def finish(table, path, title):
+    """Draw the picture; print the table and what it shows."""
+    print("", charts.text_table(Row._fields, table), "", sep="\n")
+    networks, series = cli.once(row.network for row in table), []
+    for way in cli.once(row.way for row in table):
+        fids = {network: {} for network in networks}
+        for row in table:
+            if row.way == way:
+                fids[row.network][row.seed] = row.fid_domain
+        dots = [[*group.values()] for group in fids.values()]
+        y = [np.mean(group) if group else np.nan for group in dots]
+        line = dict(label=way, x=range(len(y)), y=y, style="points")
+        series.append(line | dict(dots=dots if len(fids[OWN]) > 1 else ()))
+        print(conclude(way, fids))
+    ticks = [name.replace(" ", "\n") for name in networks]
+    n = " or ".join(cli.once(f"{row.n_samples:,}" for row in table))
+    seeds = ", ".join(cli.once(str(row.seed) for row in table))
+    charts.line_chart(
+        series, path + ".png", title, "", "fid_domain (lower is better)",
+        x_ticks=[*enumerate(ticks)],
+        note=f"FID from {n} samples; seeds {seeds}. Compare marks of one shape.")
+    print(f"{path}.csv, .json, .png")
 
-def conclude(table):
-    """For each way, each network's fid_domain and how far it lies from the own ticket's, paired by seed."""
-    for way in dict.fromkeys((row[1], row[2]) for row in table):
-        values, mine = {}, [row for row in table if (row[1], row[2]) == way]
-        for row in mine:
-            values.setdefault(row[3], {})[row[0]] = row[6]
-        whole = dict.fromkeys(row[3] for row in mine if row[5] == max(row[5] for row in mine))
-        own, parts = values.pop(OWN), []
-        for network, found in values.items():
-            gap = np.array([found[seed] - own[seed] for seed in found])
-            ends = " [{:+.2f}, {:+.2f}]".format(*metrics.t_test(gap, 0.05)[1][1:]) if len(gap) > 2 else ""
-            parts.append(f"{network} {gap.mean():+.2f}{ends}")
-        seeds = f"n={len(own)} seed{'s' * (len(own) > 1)}, "
-        seeds += "90 % intervals" if len(own) > 2 else "no verdict"
-        yield (f"{way[0]} to {way[1]}: own ticket {np.mean(list(own.values())):.2f}; from it "
-               f"{', '.join(parts)} (fid_domain, {seeds}). From step 0, all others from step k with a fresh "
-               f"optimizer: {'; '.join(whole)}.")
 
-
-def finish(table, path, title, note):
-    """Figure, table and conclusion."""
-    networks, series = list(dict.fromkeys(row[3] for row in table)), []
-    for way in dict.fromkeys((row[1], row[2]) for row in table):
-        dots = [[row[6] for row in table if (row[1], row[2], row[3]) == (*way, name)] for name in networks]
-        series.append(dict(label=" to ".join(way), x=range(len(networks)), style="points",
-                           y=[np.mean(v) if v else np.nan for v in dots],
-                           dots=dots if max(map(len, dots)) > 1 else ()))
-    lth.line_chart(series, path + ".png", title, "", "fid_domain (lower is better)",
-                   x_ticks=[(n, name.replace(" ", "\n")) for n, name in enumerate(networks)],
-                   note=f"{note} n={' or '.join(f'{n:,}' for n in sorted({row[8] for row in table}))} "
-                        f"samples a figure, {len({row[0] for row in table})} seed(s).")
-    print("", lth.text_table(HEADER, table), "", *conclude(table), f"{path}.csv, .json, .png\n", sep="\n")
+def conclude(way, fids):
+    """How far each network is from the own ticket in fid_domain, paired by seed."""
+    own, parts = fids[OWN], []
+    for network, group in fids.items():
+        if group and network != OWN:
+            gaps = [group[seed] - own[seed] for seed in group]
+            gap, low, high = over_seeds(gaps)
+            ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}]"
+            parts.append(f"{network} {gap:+.2f}{ends}")
+    rule = "90 % intervals" if len(own) > 2 else "no verdict"
+    mean = np.mean([*own.values()])
+    return (f"{way}: own ticket {mean:.2f}; from it {'; '.join(parts)} "
+            f"(fid_domain, n={len(own)} seed(s), {rule}).")
 
 
 def main(argv=None):
     """The command line."""
-    study = lth.Study("transfer", __doc__)
+    study = Study("studies.transfer", __doc__)
     add = study.add_argument
-    add("--from", dest="runs_from", nargs=2, metavar="runs/NAME", help="part one: two finished runs")
-    add("--part", choices=["data", "depth"], help="only this one (default: both)")
-    add("--dataset", choices=list(DATASETS), default="digits", help="of part two (default: digits)")
-    add("--seeds", nargs="+", type=seed_number, default=[0], help="of part two (default: 0)")
-    add("--steps", type=positive_int, default=400, help="of a training of part two (default: 400)")
-    add("--runs", default="runs", help="folder of part two's runs (default: runs)")
-    with study.arguments(argv) as args:
-        if args.runs_from:
-            if args.part != "depth":
-                across_data(study, args)
-        elif args.part == "data":
-            raise ValueError("argument --part: data needs two finished runs: --from runs/A runs/B")
-        else:
-            print("part one is left out: across data sets needs two finished runs, --from runs/A runs/B")
-        if args.part != "data":
-            across_depth(study, args)
+    add("--from", dest="pair", nargs=2, type=cli.path, metavar="runs/NAME",
+        help="two finished runs (default: the study of depth)")
+    add("--runs", default="runs", type=cli.path,
+        help="folder of the runs on depth (default: runs)")
+    with study.arguments(argv, ("--preset",)) as args:
+        if args.pair and args.rest:
+            study.error(f"unrecognized arguments: {' '.join(args.rest)}")
+        (across_data if args.pair else across_depth)(study, args)
 
 
 if __name__ == "__main__":

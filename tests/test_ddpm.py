@@ -1,4 +1,4 @@
-"""The diffusion, the samplers and the training half of ddpm.py (its data half: test_data.py).
+"""ddpm.py: the diffusion, the samplers, the training loop, sampling that must begin at noise.
 
 Exact unless a tolerance is written beside the comparison.
 """
@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 import ddpm
-from ddpm import Diffusion, batch_at, ddim_step, ddpm_step, dpm_step, learning_rate, predict_x0, sample, train
+import lth_diffusion as lth
+from ddpm import (Diffusion, batch_at, ddim_step, ddpm_step, dpm_step, draw_samples, learning_rate,
+                  predict_x0, sample, sampling_times, train)
+from support import runs
 from unet import UNet
 
 SCHEDULES = ("linear", "cosine")
@@ -139,7 +142,7 @@ def test_loss_is_the_mean_squared_error_on_eps():
     assert float(loss) == pytest.approx(float(((0.5 * x_t - noise) ** 2).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "sigma"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_predict_undoes_the_parametrisation(schedule):
     """A network that says v, or eps, of a known x_0 exactly: loss 0, and the same eps from both."""
     torch.manual_seed(0)
@@ -156,19 +159,7 @@ def test_predict_undoes_the_parametrisation(schedule):
         torch.testing.assert_close(eps, noise, atol=1e-5, rtol=0)
 
 
-def test_sigma_schedule():
-    """Noise levels from 0.01 to 50, evenly in their logarithm (2011.13456); its clock ends at 1000."""
-    diffusion = Diffusion(schedule="sigma")
-    sigma = (1 / diffusion.alphas_bar - 1).sqrt()
-    assert diffusion.T == 1_000_000 and diffusion.clock(torch.tensor([500_000])).item() == 500
-    assert sigma[[0, -1]].tolist() == pytest.approx([0.01, 50], rel=1e-6)
-    ratio = sigma[1:] / sigma[:-1]
-    assert ratio.min() > 1 and ratio.max() - ratio.min() < 1e-6
-    x = sample(lambda x, t: x, diffusion, torch.ones(2, 1, 2, 2), "ddim", 50)
-    assert x.shape == (2, 1, 2, 2) and bool(x.isfinite().all())
-
-
-@pytest.mark.parametrize("options", [dict(schedule="sigmoid"), dict(prediction="x"), dict(T=10), dict(T=20)])
+@pytest.mark.parametrize("options", [dict(schedule="sigma"), dict(prediction="x"), dict(T=10), dict(T=20)])
 def test_bad_schedules_raise(options):
     with pytest.raises(ValueError) as caught:
         Diffusion(**options)
@@ -361,9 +352,104 @@ def test_drawn_samples_do_not_depend_on_the_batch():
     model, diffusion = net(), Diffusion()
     nn.init.normal_(model.conv_out.weight, std=0.1)
     x_T = normal(4, 1, 8, 8).float()
-    a, b = (ddpm.draw_samples(model, diffusion, x_T, steps=3, batch=batch) for batch in (2, 4))
+    a, b = (draw_samples(model, diffusion, x_T, steps=4, batch=batch) for batch in (2, 4))
     assert a.dtype == torch.uint8 and a.shape == (4, 1, 8, 8) and len(a.unique()) > 10
     assert int((a.int() - b.int()).abs().max()) <= 1
+
+
+def test_samples_of_a_batch_share_noise_over_networks_not_over_batches():
+    """The ancestral sampler: the same noise for every network, another one for each batch."""
+    model = net()  # predicts 0: what is drawn is the noise
+    x_T = torch.zeros(4, 1, 8, 8)
+    first, again = (draw_samples(model, Diffusion(), x_T, sampler="ddpm", batch=2) for _ in range(2))
+    assert torch.equal(first, again) and not torch.equal(first[:2], first[2:])
+
+
+def test_draw_samples_of_latents_are_decoded_and_not_clipped():
+    seen = []
+
+    def decode(x):
+        seen.append(x)
+        return ddpm.to_uint8(x / 100)
+    x_T = 50 * normal(4, 1, 8, 8).float()
+    out = draw_samples(net(), Diffusion(), x_T, batch=2, decode=decode)
+    assert out.dtype == torch.uint8 and len(out) == 4 and [len(x) for x in seen] == [2, 2]
+    assert float(torch.cat(seen).abs().max()) > 10
+
+
+def test_shared_drawing_gives_the_same_images():
+    """share maps in any order it likes, as several processes do."""
+    def share(function, items, label):
+        found = {i: function(items[i]) for i in reversed(range(len(items)))}
+        return [found[i] for i in range(len(items))]
+    model, x_T = net(), normal(5, 1, 8, 8).float()
+    options = dict(sampler="ddpm", steps=10, batch=2)
+    a, b = (draw_samples(model, Diffusion(), x_T, share=how, **options) for how in (None, share))
+    assert torch.equal(a, b)
+
+
+# ---------------------------------------------------------------------------------- sampling begins at noise
+
+REFUSED = [("linear", 1, 4), ("linear", 2, 4), ("linear", 3, 4), ("cosine", 10, 18), ("cosine", 17, 18)]
+ALLOWED = [("linear", 4), ("cosine", 18), ("cosine", 20), ("linear", 1000), ("cosine", 1000)]
+
+
+def one_step(x, t):
+    return 0 * x
+
+
+@pytest.mark.parametrize("schedule, steps, least", REFUSED)
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm"])
+def test_too_few_evaluations_are_refused(schedule, steps, least, method):
+    diffusion = Diffusion(schedule=schedule)
+    for call in (lambda: sample(one_step, diffusion, normal(1, 1, 2, 2), method, steps),
+                 lambda: draw_samples(net(), diffusion, normal(1, 1, 8, 8), sampler=method, steps=steps)):
+        with pytest.raises(ValueError, match=rf"^{steps} evaluations? .* at least {least}$"):
+            call()
+
+
+@pytest.mark.parametrize("schedule, steps", ALLOWED[:3])
+def test_enough_evaluations_are_allowed(schedule, steps):
+    diffusion = Diffusion(schedule=schedule)
+    assert sample(one_step, diffusion, normal(1, 1, 2, 2), "ddim", steps).shape == (1, 1, 2, 2)
+    assert draw_samples(net(), diffusion, normal(2, 1, 8, 8).float(), steps=steps).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("T", [100, 1000])
+def test_the_number_that_is_named_is_the_next_that_works(schedule, T):
+    """Every number of evaluations: those that work begin where abar <= 0.01, and T itself is one of them."""
+    diffusion, works, named = Diffusion(T, schedule), [], {}
+    for steps in range(1, T + 1):
+        try:
+            times = sampling_times(diffusion, steps)
+        except ValueError as error:
+            named[steps] = int(str(error).split()[-1])
+            continue
+        works.append(steps)
+        assert times == [i * (T // steps) for i in range(steps)][::-1]
+        assert float(diffusion.alphas_bar[times[0]]) <= 0.01
+    assert T in works and 1 in named
+    for steps, least in named.items():
+        assert least == min(n for n in works if n > steps), steps
+
+
+@pytest.mark.parametrize("program", [ddpm, lth], ids=["ddpm.py", "lth_diffusion.py"])
+@pytest.mark.parametrize("schedule, steps, least", REFUSED)
+def test_the_command_lines_refuse_too_few_evaluations(program, schedule, steps, least, tmp_path, capsys):
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        program.main(["--schedule", schedule, "--nfe", str(steps), "--out", str(out)])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert "argument --nfe: " in said and f"at least {least}" in said
+    assert not (out / "results.csv").exists() and not list(out.glob("**/*.pt"))
+
+
+@pytest.mark.parametrize("schedule, steps", ALLOWED)
+def test_the_command_line_takes_enough_evaluations(schedule, steps):
+    args, _ = lth.parse_args(["--schedule", schedule, "--nfe", str(steps)])
+    assert args.nfe == steps
 
 
 # ---------------------------------------------------------------------------------------- EMA, rates, batches
@@ -460,12 +546,12 @@ def test_stop_and_resume_changes_no_bit(options):
     states = []
     model = net(**shape)
     ema, losses = train(model, Diffusion(), images(), **common,
-                        checkpoint=lambda get: states.append(saved(get)))
+                        checkpoint=lambda step, get: states.append(saved(get)))
     assert [s["step"] for s in states] == [1, 2, 3, 4, 5, 6]
     torch.rand(17)  # a new process has another global generator
     other, resumed = net(seed=1, **shape), []
     other_ema, other_losses = train(other, Diffusion(), images(), state=states[2], **common,
-                                    checkpoint=lambda get: resumed.append(saved(get)))
+                                    checkpoint=lambda step, get: resumed.append(saved(get)))
     assert [s["step"] for s in resumed] == [4, 5, 6]
     assert_same(states[-1], resumed[-1])
     assert losses == other_losses and [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
@@ -489,9 +575,8 @@ def test_resume_in_the_middle_of_a_window():
     """200 steps make windows of 2; a state of 193 steps carries the half-filled one."""
     states, options = {}, dict(steps=200, batch=4, lr=0.05)
 
-    def keep(get):
-        state = saved(get)
-        states[state["step"]] = state
+    def keep(step, get):
+        states[step] = saved(get)
     _, losses = train(Tiny(), Diffusion(), images(), start=190, checkpoint=keep, **options)
     assert [step for step, _ in losses] == [192, 194, 196, 198, 200] and states[193]["window"][1] == 1
     _, resumed = train(Tiny(), Diffusion(), images(), state=states[193], **options)
@@ -566,7 +651,7 @@ def test_a_loss_that_is_not_finite_raises_and_is_never_saved(steps, start):
         if step == start + 3:
             nn.init.constant_(model.b, math.nan)
 
-    def checkpoint(get):
+    def checkpoint(step, get):
         try:
             states.append(saved(get))
         except FloatingPointError as error:
@@ -599,3 +684,20 @@ def test_bf16_trains_float32_weights():
     ema, losses = train(model, Diffusion(), images(), steps=3, batch=4, precision="bf16")
     assert all(p.dtype == torch.float32 for p in [*model.parameters(), *ema.model.parameters()])
     assert all(math.isfinite(mean) for _, mean in losses)
+
+
+def test_the_command_trains_draws_and_goes_on(tmp_path, monkeypatch, capsys):
+    """A folder with a finished model is not trained again; another flag is refused, --samples is not."""
+    monkeypatch.setitem(ddpm.PRESETS, "tiny", dict(base=8, mults=(1,), patch=4))
+    flags = f"--steps 6 --batch 4 --nfe 4 --samples 4 --out {tmp_path / 'run'}".split()
+    ddpm.main(flags)
+    assert "trained 6 steps" in capsys.readouterr().out
+    state = runs.load_state(tmp_path / "run" / "model.pt", ("config", "model", "ema", "losses"))
+    assert state["config"]["patch"] == 4 and state["losses"][-1][0] == 6
+    ddpm.main([*flags, "--samples", "9"])
+    said = capsys.readouterr().out
+    assert "trained" not in said and "drew 9 images" in said
+    assert (tmp_path / "run" / "samples.png").stat().st_size > 100
+    with pytest.raises(SystemExit) as stop:
+        ddpm.main([*flags, "--lr", "0.5"])
+    assert stop.value.code == 2 and "--lr" in capsys.readouterr().err

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import lth_diffusion as lth
+from support import report, runs
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-FLAGS = ("--rounds 2 --steps 16 --batch 8 --samples 16 --nfe 2 --arms rewind random").split()
+FLAGS = ("--rounds 2 --steps 16 --batch 8 --samples 16 --nfe 4 --controls random").split()
 MEASURED = {"train_seconds", "seconds_per_1000", "train_memory", "sample_memory"}
 KILLS = 20
 PHASES = ("starting", "training", "sampling", "saving")
@@ -34,7 +35,7 @@ def weights(out):
     found = {}
     for name in sorted(os.listdir(os.path.join(out, "seed0"))):
         if name.endswith(".pt"):
-            state = lth.load_state(os.path.join(out, "seed0", name))
+            state = runs.load_state(os.path.join(out, "seed0", name))
             for part in ("model", "ema", "masks"):
                 found |= {(name, part, key): value for key, value in state.get(part, {}).items()}
     return found
@@ -59,10 +60,11 @@ def live(phase, argv):
         return call
     torch.set_num_threads(1)
     lth.PRESETS["tiny"] = dict(base=8, mults=(1,), patch=4)
-    lth.Guard.EVERY, lth.VAL_IMAGES = 0.0, 200
-    lth.announce = lambda exp, jobs, rows: dict.fromkeys(("dense", "twin", *lth.ARMS), 0.0)
+    runs.Guard.EVERY, lth.VAL_IMAGES = 0.0, 200
+    report.measure_speed = lambda *_: (0.0, 0.0)
+    report.draw_run = lambda *_: None
     lth.train, lth.draw_samples = telling(1, lth.train), telling(2, lth.draw_samples)
-    lth.save_state, lth.draw_everything = telling(3, lth.save_state), lambda exp, rows: None
+    runs.save_state = telling(3, runs.save_state)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     lth.main(argv)
 
@@ -127,7 +129,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tmp_path):
 def test_two_ranks_of_which_one_dies_and_one_process_goes_on(tmp_path):
     """A dead rank ends the run at once, one process does the rest, and all equals a run by one process within
     1e-5: in fp32 with SGD (Adam divides rounding by rounding where a gradient is nothing but that)."""
-    flags = [*FLAGS, *"--rounds 1 --arms rewind --precision fp32 --optimizer sgd --lr 0.01 --out".split()]
+    flags = [*FLAGS, *"--rounds 1 --controls --precision fp32 --optimizer sgd --lr 0.01 --out".split()]
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "lth_diffusion.py", *flags, two]
@@ -139,7 +141,7 @@ def test_two_ranks_of_which_one_dies_and_one_process_goes_on(tmp_path):
     killed = time.monotonic()
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "lth_diffusion.py FAILED" in said, said
-    assert said.count("device     ") == 1  # rank 0 alone speaks
+    assert said.count("device   cpu") == 1  # rank 0 alone speaks
     assert time.monotonic() - killed < 60  # prompt, beside the four hours that ranks may wait for each other
     assert not os.path.exists(os.path.join(two, "results.csv")) or len(results(two)) < 3
     for out in (one, two):

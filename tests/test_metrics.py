@@ -1,23 +1,24 @@
-"""
-pytest tests/test_metrics.py      # about 15 seconds on two cores, no network, no data
+"""metrics.py: identities, closed forms and exact counts; the Inception network and its checkpoint.
 
-Identities, closed forms and exact counts of metrics.py.
+No network, no data. Exact unless a tolerance is written beside the comparison.
 """
+import hashlib
 import io
 import math
-import mmap
 import os
 import pickle
 
 import numpy as np
 import pytest
 import scipy.linalg
-import scipy.stats
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
+from support import runs
+from support.classifier import DomainClassifier
+from unet import UNet
 
 
 def gaussian(n, d, seed=0, scale=1.0):
@@ -27,6 +28,15 @@ def gaussian(n, d, seed=0, scale=1.0):
 def covariance(d, seed):
     x = gaussian(3 * d, d, seed)
     return x.T @ x / len(x)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working folder, and no caches from anywhere else."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path
 
 
 def pixels(n, channels=3, size=32, seed=0):
@@ -118,23 +128,27 @@ def checkpoint_in(folder, data):
     return path
 
 
-def test_load_inception(tmp_path, monkeypatch, inception):
-    buffer = io.BytesIO()
+def test_load_inception(elsewhere, monkeypatch, inception):
+    """By its path, in the data folder, in a cache; never another file in its place."""
+    buffer, folder = io.BytesIO(), elsewhere / "data"
     torch.save(inception.state_dict(), buffer, _use_new_zipfile_serialization=False)  # as the real file is
     data = buffer.getvalue()
-    path = checkpoint_in(tmp_path, data)
+    folder.mkdir()
+    path = checkpoint_in(folder, data)
     with pytest.raises(OSError, match=f"{metrics.INCEPTION_FILE}.*6726825d.*curl"):  # not the real weights
         metrics.load_inception(path)
-    monkeypatch.setattr(metrics, "INCEPTION_SHA", metrics.hashlib.sha256(data).hexdigest()[:8])
-    for found in (metrics.load_inception(path), metrics.load_inception(root=tmp_path),
-                  metrics.load_inception(root=tmp_path / "none", cache=tmp_path)):
-        assert metrics.weights_hash(found) == metrics.weights_hash(inception)
-    checkpoint_in(tmp_path, data[:len(data) // 2])
-    with pytest.raises(OSError, match="cut short"):
-        metrics.load_inception(path)
-    monkeypatch.setattr(metrics, "INCEPTION_SHA", "")
-    with pytest.raises(OSError, match=metrics.INCEPTION_FILE):
-        metrics.load_inception(path)
+    monkeypatch.setattr(metrics, "INCEPTION_SHA", hashlib.sha256(data).hexdigest()[:8])
+    for options in (dict(path=path), dict(root=str(folder))):
+        assert runs.weights_hash(metrics.load_inception(**options)) == runs.weights_hash(inception)
+    cache = elsewhere / "home" / "lth_diffusion"
+    cache.mkdir(parents=True)
+    os.rename(path, cache / metrics.INCEPTION_FILE)
+    assert runs.weights_hash(metrics.load_inception(root=str(folder))) == runs.weights_hash(inception)
+    checkpoint_in(folder, data[:len(data) // 2])
+    for sha, said in ((metrics.INCEPTION_SHA, "cut short"), ("", metrics.INCEPTION_FILE)):
+        monkeypatch.setattr(metrics, "INCEPTION_SHA", sha)
+        with pytest.raises(OSError, match=said):
+            metrics.load_inception(path)
 
 
 def test_load_inception_refuses(tmp_path, monkeypatch):
@@ -157,14 +171,14 @@ def test_load_inception_refuses(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-def test_load_inception_without_file_or_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "INCEPTION_URL", "http://127.0.0.1:9/" + metrics.INCEPTION_FILE)
-    here = str(tmp_path)
-    for arguments in ({"path": here + "/x.pth"}, {"root": here, "cache": here + "/c"}):
+def test_load_inception_without_file_or_network(elsewhere, monkeypatch):
+    monkeypatch.setattr(metrics, "INCEPTION_URL", "http://127.0.0.1:9/")
+    before = sorted(elsewhere.rglob("*"))
+    for arguments in ({"path": str(elsewhere / "x.pth")}, {"root": str(elsewhere / "data")}):
         with pytest.raises(OSError, match="curl") as caught:
             metrics.load_inception(**arguments)
-        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == []  # no half file is left
+        assert str(elsewhere) in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(elsewhere.rglob("*.p*t*")) and set(before) <= set(elsewhere.rglob("*"))  # no half file
 
 
 # --- statistics and Frechet --------------------------------------------------------------------------------
@@ -266,86 +280,89 @@ def test_precision_recall():
     assert metrics.precision_recall(line, points, k=1)[0] == pytest.approx(2 / 3)
 
 
-# --- the domain classifier ---------------------------------------------------------------------------------
+# --- quality of samples -------------------------------------------------------------------------------------
 
-def bars(n, seed=0):
-    """Two classes: a bright bar standing or lying."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 40, (n, 1, 28, 28), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(n) % 2
-    images[labels == 0, :, :, 12:16] = 220
-    images[labels == 1, :, 12:16, :] = 220
-    return images, labels
-
-
-def test_train_and_load_classifier(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "HERE", str(tmp_path))
-    images, labels = bars(400)
-    before = torch.random.get_rng_state()
-    model = metrics.train_classifier(images, labels, steps=25, batch=32)
-    assert torch.equal(before, torch.random.get_rng_state())
-    test, truth = bars(100, seed=1)
-    assert (metrics.features(model, test, logits=True)[1].argmax(1) == truth).double().mean() > 0.95
-    pair = metrics.features(model, images, batch=7, logits=True)
-    assert pair[0].shape == (400, 64) and pair[1].shape == (400, 2) and not model.training
-    assert torch.allclose(pair[0], metrics.features(model, images, batch=400), atol=1e-4)
-    with pytest.raises(ValueError, match="images and labels"):
-        metrics.load_classifier("bars", cache=tmp_path)
-    made, found = (metrics.load_classifier("bars", images, labels, cache=tmp_path, steps=25, batch=32)
-                   for _ in range(2))
-    assert metrics.weights_hash(made) == metrics.weights_hash(found) == metrics.weights_hash(model)
-    path = tmp_path / "results" / "classifiers" / "bars.pt"
-    metrics.save_classifier(model, str(path))
-    assert metrics.weights_hash(metrics.load_classifier("bars")) == metrics.weights_hash(model)
-    for damage in (path.read_bytes()[:5000], pickle.dumps(Bomb(str(tmp_path / "ran")), 2)):
-        path.write_bytes(damage)
-        with pytest.raises(OSError, match="bars.pt"):
-            metrics.load_classifier("bars")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_committed_classifiers():
-    folder = os.path.join(metrics.HERE, "results", "classifiers")
-    for name in os.listdir(folder):
-        path = os.path.join(folder, name)
-        assert os.path.getsize(path) < 400_000
-        model = metrics.load_classifier(os.path.splitext(name)[0])
-        channels = model.body[0].in_channels
-        assert model(pixels(2, channels, 28 if channels == 1 else 32))[0].shape == (2, 64)
-
-
-def test_quality_columns_by_extractor(monkeypatch):
+def test_quality_columns_by_extractor():
     """All of Inception's, the first three of the classifier's; the reference is FID's alone."""
     images, generator = pixels(40), torch.Generator().manual_seed(3)
     fake, real = (torch.randn(n, 6, generator=generator) for n in (40, 50))
     scores, inception = torch.randn(40, 1008, generator=generator), metrics.InceptionV3()
-    monkeypatch.setattr(metrics, "features", lambda model, x, logits=False, **_: (fake, scores))
-    reference = metrics.statistics(2 * real)
+    how, reference = (lambda model, x, logits: (fake, scores)), metrics.statistics(2 * real)
     expected = dict(fid=metrics.fid(fake, reference))
     expected["precision"], expected["recall"] = metrics.precision_recall(real, fake)
-    assert metrics.quality(metrics.DomainClassifier(), images, real, reference) == expected
+    assert metrics.quality(DomainClassifier(), images, real, reference, how) == expected
     expected["kid"], expected["kid_error"] = metrics.kid(fake, real, subset_size=20)
     expected["inception_score"] = metrics.inception_score((scores - inception.fc.bias).softmax(1))[0]
-    assert metrics.quality(inception, images, real, reference) == expected
+    assert metrics.quality(inception, images, real, reference, how) == expected
 
 
-def test_floor_is_computed_once(tmp_path, monkeypatch):
-    model = metrics.DomainClassifier().eval()
-    train, test = bars(300)[0], bars(80, seed=1)[0]
-    value = metrics.floor(model, train, test, 60, "bars", cache=str(tmp_path))
-    drawn, some = (x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:60]]
-                   for x in (test, train))
-    drawn, some, whole = (metrics.features(model, x) for x in (drawn, some, train))
-    precision, recall = metrics.precision_recall(some, drawn)
-    expected = dict(fid=metrics.fid(drawn, whole), precision=precision, recall=recall)
-    assert value == pytest.approx(expected, rel=1e-9)
+class Means(nn.Module):
+    """An extractor of one's own: mean and deviation of each channel, and the first four pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        x = self.scale * x.float()
+        feats = torch.cat([x.mean((2, 3)), x.std((2, 3)), x[:, 0, 0, :4]], 1)
+        return feats, feats[:, :2]
+
+
+def test_features_of_any_network():
+    """Whatever the batch, in eval mode, without gradients, on the CPU."""
+    model, x = Means().train(), pixels(11)
+    feats, logits = metrics.features(model, x, batch=4, logits=True)
+    assert torch.equal(feats, metrics.features(model, x, batch=64)) and feats.shape == (11, 10)
+    assert torch.equal(logits, feats[:, :2]) and not feats.requires_grad and not model.training
+    torch.testing.assert_close(feats[:, :3], x.float().mean((2, 3)))
+    with pytest.raises(ValueError, match="uint8"):
+        metrics.features(model, x.float())
+
+
+def test_reference_statistics_are_computed_once(elsewhere, monkeypatch):
+    model, images = Means(), pixels(50)
+    mu, sigma = metrics.reference_statistics(model, images, "made-up")
+    wanted = metrics.statistics(metrics.features(model, images))
+    assert torch.equal(mu, wanted[0]) and torch.equal(sigma, wanted[1])
+    other = metrics.reference_statistics(model, pixels(50, seed=1), "made-up")
+    assert not torch.equal(other[0], mu)  # other images, the same name
+    nn.init.constant_(model.scale, 2)
+    assert torch.allclose(metrics.reference_statistics(model, images, "made-up")[0], 2 * mu)
+    nn.init.constant_(model.scale, 1)
     monkeypatch.setattr(metrics, "features", None)  # a second computation would fail
-    assert metrics.floor(model, train, test, 60, "bars", cache=str(tmp_path)) == value
-    with pytest.raises(ValueError, match="80"):
-        metrics.floor(model, train, test, 81, "bars", cache=str(tmp_path))
-    (tmp_path / "floors.json").write_text("{")
-    with pytest.raises(OSError, match="floors.json"):
-        metrics.floor(model, train, test, 60, "bars", cache=str(tmp_path))
+    again = metrics.reference_statistics(model, images, "made-up")
+    assert torch.equal(again[0], mu) and torch.equal(again[1], sigma)
+
+
+@pytest.mark.parametrize("n, draws", [(60, 1), (20, 4), (10, 5)])
+def test_real_reference_is_a_mean_over_disjoint_draws(n, draws):
+    """Real images in the place of samples: FID against all training images, the rest against n of them."""
+    model, train, test = Means(), pixels(300), pixels(80, seed=1)
+    reference = metrics.statistics(metrics.features(model, train))
+    value = metrics.real_reference(model, reference, train, test, n)
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+    some = metrics.features(model, metrics.random_draw(train, n))
+    found = []
+    for i in range(draws):
+        feats = metrics.features(model, test[order[i * n:(i + 1) * n]])
+        found.append([metrics.fid(feats, reference), *metrics.precision_recall(some, feats)])
+    assert list(value) == ["fid", "precision", "recall"]
+    assert list(value.values()) == pytest.approx(np.mean(found, axis=0).tolist(), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [81, 1, 0])
+def test_real_reference_refuses_what_the_test_images_cannot_give(n):
+    model, train, test = Means(), pixels(100), pixels(80, seed=1)
+    with pytest.raises(ValueError, match=f"n={n}"):
+        metrics.real_reference(model, metrics.statistics(metrics.features(model, train)), train, test, n)
+
+
+def test_random_draw_is_always_the_same_and_no_prefix():
+    images = torch.arange(1000)
+    assert torch.equal(metrics.random_draw(images, 100), metrics.random_draw(images, 200)[:100])
+    assert len(set(metrics.random_draw(images, 1000).tolist())) == 1000
+    assert 400 < float(metrics.random_draw(images, 100).float().mean()) < 600  # 3.5 standard errors
 
 
 # --- costs -------------------------------------------------------------------------------------------------
@@ -388,105 +405,15 @@ def test_count_macs():
     assert macs["grouped"] == (2 * 3 * 25 * 144,) * 2
     assert macs["attention.products"] == (2 * 3 * 25 ** 2 * 8,) * 2
     assert model.training and not any(m._forward_hooks for m in model.modules())
-    assert sum(d for d, _ in metrics.count_macs(metrics.DomainClassifier(), pixels(1, 1, 28)).values()) > 0
+    assert sum(d for d, _ in metrics.count_macs(DomainClassifier(), pixels(1, 1, 28)).values()) > 0
 
 
-def test_seconds_and_memory():
-    calls = []
-    seconds = metrics.seconds_in_turns([lambda: calls.append(0), lambda: calls.append(1)], n=3, warmup=2)
-    assert calls == [0, 1] * 5 and seconds.shape == (3, 2) and (seconds >= 0).all()
-    with metrics.PeakMemory() as low:
-        pass
-    with metrics.PeakMemory() as high:
-        with mmap.mmap(-1, 120_000_000) as block:  # not malloc, which may reuse what it kept resident
-            block.write(bytes(1) * 120_000_000)
-    assert low.bytes is None or high.bytes > 50e6
-    if high.kind == "resident":  # where the mark can be reset
-        assert high.bytes - low.bytes > 100e6
-
-
-# --- CKA and the verdict -----------------------------------------------------------------------------------
-
-def test_cka():
-    a, b = (gaussian(64, 72, seed).reshape(64, 8, 3, 3) for seed in (0, 1))
-    assert metrics.cka(a, a) == pytest.approx(1, abs=1e-9)
-    assert metrics.cka(a, 3 * a + 2) == pytest.approx(1, abs=1e-6)  # scale and shift do not count
-    assert abs(metrics.cka(a, b)) < 0.1
-    assert abs(metrics.cka(a, a[torch.randperm(64)])) < 0.15  # rows are matched by index
-    assert 0.3 < metrics.cka(a, a + 0.5 * b) < 1
-    assert math.isnan(metrics.cka(a, torch.zeros_like(a)))
-    with pytest.raises(ValueError):
-        metrics.cka(a, b[:10])
-
-
-def test_unbiased_hsic_is_the_published_sum():
-    n = 9
-    k, l = (v @ v.T for v in (gaussian(n, 3, 0), gaussian(n, 3, 1)))
-    kt, lt = k - torch.diag(k.diag()), l - torch.diag(l.diag())
-    expected = ((kt * lt).sum() + kt.sum() * lt.sum() / ((n - 1) * (n - 2))
-                - 2 / (n - 2) * (kt.sum(0) @ lt.sum(0))) / (n * (n - 3))
-    found = (metrics.u_centred(k) * metrics.u_centred(l)).sum() / (n * (n - 3))
-    assert found.item() == pytest.approx(expected.item(), rel=1e-10)
-
-
-def table(ticket, reinit=(14, 15, 16.5), random=(20, 21, 19)):
-    return {"dense": dict(enumerate((10, 11, 12))), "ticket": dict(enumerate(ticket)),
-            "reinit": dict(enumerate(reinit)), "random": dict(enumerate(random))}
-
-
-def test_verdict():
-    good = metrics.verdict(table((10.1, 11.0, 12.1)))
-    assert good.winning and good.n == 3 and good.p == max(good.tests.values()) < 0.05
-    assert str(good).startswith("winning: n=3")
-    low, high = good.effects["reinit"][1:]
-    assert low < good.effects["reinit"][0] < high < 0
-    # each of the three conditions can fail alone
-    for bad, word in ((table((13, 14, 15.2)), "dense"),
-                      (table((10.1, 11, 12.1), reinit=(10, 11.2, 12)), "reinit"),
-                      (table((10.1, 11, 12.1), random=(10, 11.2, 12)), "random")):
-        found = metrics.verdict(bad)
-        assert found.winning is False and [t for t, p in found.tests.items() if p >= 0.05][0].endswith(word)
-        assert "not shown to win" in str(found) and word in str(found)
-    d, t = np.array([10, 11, 12]), np.array([10.1, 11.0, 12.1])
-    assert good.tests["within 10 % of dense"] == pytest.approx(
-        scipy.stats.ttest_rel(t, 1.1 * d, alternative="less").pvalue)
-
-
-def test_verdict_is_paired_by_seed():
-    values = table((10.1, 11.0, 12.1))
-    shuffled = {arm: dict(reversed(list(seeds.items()))) for arm, seeds in values.items()}
-    assert metrics.verdict(shuffled).p == metrics.verdict(values).p
-    values["dense"][7] = 1.0  # a seed the others lack
-    assert metrics.verdict(values).n == 3
-
-
-def test_no_verdict():
-    two = {arm: {0: v[0], 1: v[1]} for arm, v in table((10, 11, 12)).items()}
-    assert str(metrics.verdict(two)) == "n=2, no verdict" and metrics.verdict(two).winning is None
-    diverged = metrics.verdict(table((10, 11, math.nan)))
-    assert diverged.winning is None and "ticket" in str(diverged)
-    with pytest.raises(ValueError, match="random"):
-        metrics.verdict({arm: v for arm, v in two.items() if arm != "random"})
-    equal = metrics.verdict(dict(dense=[2.0] * 3, ticket=[1.0] * 3, reinit=[3.0] * 3, random=[1.0] * 3))
-    assert equal.p == 1.0  # no spread and no difference: not better than random
-
-
-def test_holm():
-    assert metrics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert metrics.holm([0.5, 0.9]) == [1.0, 1.0] and metrics.holm([]) == []
-    tables = {0.5: table((10.1, 11.0, 12.1)), 0.9: table((13, 14, 15.2)), 0.8: {a: v for a, v in zip(
-        ("dense", "ticket", "reinit", "random"), [[1.0]] * 4)}}
-    found = metrics.verdicts(tables)
-    assert found[0.5].p_holm == pytest.approx(3 * found[0.5].p)  # what has no verdict counts in the family
-    assert found[0.8].p_holm is None and found[0.8].winning is None
-
-
-def test_command_line(capsys):
-    with pytest.raises(SystemExit):
-        metrics.main([])
-    for flags, said in (["--train-classifier", "no-such-data"], "unknown data set"), (
-            ["--check-inception", "--inception", "/nowhere/x.pth"], "curl"):
-        with pytest.raises(SystemExit) as stop:
-            metrics.main(flags)
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2 and said in lines[-1]
+def test_masks_reduce_the_macs_of_a_unet_but_not_its_products():
+    model = UNet(base=8, mults=(1, 2), image_size=8, attention=(4,))
+    x, t = torch.zeros(2, 1, 8, 8), torch.zeros(2)
+    half = {name: torch.arange(p.numel()).view(p.shape) % 2 == 0 for name, p in model.named_parameters()}
+    macs = metrics.count_macs(model, x, t, half)
+    for name, (dense, live) in macs.items():
+        assert live == (dense if name.endswith("products") else dense // 2), name
+    whole = metrics.count_macs(model, x, t)
+    assert whole == {name: (dense, dense) for name, (dense, _) in macs.items()}

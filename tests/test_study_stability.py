@@ -1,4 +1,4 @@
-"""The study of stable tickets: identities of its copies, barriers and overlaps by hand."""
+"""studies/stability.py: identities of its copies on a real run; barriers, overlaps and rho by hand."""
 import csv
 import json
 
@@ -7,92 +7,70 @@ import pytest
 import torch
 
 import lth_diffusion as lth
-from prune import dense_masks, density, live_counts, random_masks
-from studies import stability
+from prune import dense_masks, density, live_total
+from studies import common, stability
 from unet import UNet
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    """The network that the compared runs are of, and few images behind a val_loss."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lth, "VAL_IMAGES", 100)
-        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-        yield
+FLAGS = "--rounds 1 --final-sparsity 0.5 --steps 16 --batch 8 --samples 8 --nfe 4 --controls"
 
 
 @pytest.fixture(scope="module")
-def studied(compared):
-    """The folder of a whole run of the study, and what it printed is checked where it is needed."""
-    stability.main(["--from", str(compared / "runs" / "imp"), "--shares", "0", "0.5", "--out", str(compared)])
-    return compared
+def studied(tmp_path_factory):
+    """A folder with a finished run of two seeds of a tiny network, and the study of its first."""
+    folder = tmp_path_factory.mktemp("stability")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lth, "VAL_IMAGES", 100)
+        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+        lth.main([*FLAGS.split(), "--seeds", "0", "1", "--out", str(folder / "run")])
+        stability.main(["--from", str(folder / "run"), "--shares", "0", "0.5", "--out", str(folder)])
+        yield folder
 
 
-def table(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def exp(studied):
+    return common.open_run(str(studied / "run"))[0]
 
 
-def test_every_start_has_its_copies_and_its_ticket(studied):
-    rows = table(studied / "stability_digits.csv")
-    assert [(row["k"], row["steps left"]) for row in rows] == [("0", "16"), ("1", "15"), ("8", "8")]
-    assert all(float(row["barrier"]) >= 0 for row in rows)
-    for row in rows:
-        excess = float(row["val_loss ticket"]) / float(row["val_loss A"]) - 1
-        assert float(row["ticket's excess loss"]) == pytest.approx(excess, abs=1e-4)
-    source = json.load(open(studied / "stability_digits.json"))
-    assert len(source["paths"]) == 3 and all(len(losses) == 11 for losses in source["paths"].values())
-    for row in rows:  # the way begins at A and ends at B
-        losses = source["paths"][f"seed 0, k={row['k']}"]
-        assert losses[0] == pytest.approx(float(row["val_loss A"]), rel=1e-5)
-        assert losses[-1] == pytest.approx(float(row["val_loss B"]), rel=1e-5)
-    for ending in ("", "_paths", "_masks"):
+@pytest.fixture(scope="module")
+def table(studied):
+    """The rows of the study's table: figures by column."""
+    with open(studied / "stability_digits.csv", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def test_every_start_has_its_copies_and_its_ticket(studied, table):
+    assert [row["k"] for row in table] == [0, 1, 8]
+    with open(studied / "stability_digits.json", encoding="utf-8") as file:
+        facts = json.load(file)
+    assert facts["density"] == pytest.approx(0.5, abs=1e-3)
+    for row in table:
+        assert row["barrier"] >= 0 and row["by chance"] < row["IoU"] < 1
+        for excess, column in ("excess loss", "val_loss"), ("excess fid", "fid_domain"):
+            assert row[excess] == pytest.approx(row[f"{column} ticket"] / row[f"{column} A"] - 1, abs=1e-4)
+        losses = facts["paths"][f"seed 0, k={row['k']:.0f}"]  # from A to B
+        assert len(losses) == 11 and losses[0] == pytest.approx(row["val_loss A"], rel=1e-5)
+        assert losses[-1] == pytest.approx(row["val_loss B"], rel=1e-5)
+    for ending in "", "_masks":
         assert (studied / f"stability_digits{ending}.png").stat().st_size > 5_000
 
 
-def test_copies_are_what_the_run_itself_trained(studied):
-    """The dense run comes out again to the bit, so does theta_k, and copy A from the run's k is its twin."""
-    exp, rows = lth.open_run(str(studied / "runs" / "imp"))
-    dense = stability.dense_run(exp, 0, [0, 1, 8])
-    for name, value in exp.load(lth.Job(0, 0, "dense"))["ema"].items():
-        assert torch.equal(value, dense["ema"][name])
-    for name, value in exp.theta(0).state_dict().items():
-        assert torch.equal(value, dense["thetas"][exp.k][name])
-    model, ema = stability.copies(exp, 0, exp.k, exp.theta(0).state_dict(), dense)[0]
-    for name, value in exp.load(lth.Job(0, 0, "twin"))["ema"].items():
-        assert torch.equal(value, ema.state_dict()[name])
-    row = next(row for row in table(studied / "stability_digits.csv") if row["k"] == "1")
-    assert float(row["fid_domain A"]) == pytest.approx(rows[lth.Job(0, 0, "twin")]["fid_domain"], rel=1e-4)
+def test_masks_of_two_seeds_overlap_as_random_ones_do(studied):
+    with open(studied / "stability_digits.json", encoding="utf-8") as file:
+        iou, chance = json.load(file)["two_seeds"]
+    assert 1 / 3 < chance < 0.6  # half of the weights each; more where layer densities differ
+    assert iou == pytest.approx(chance, rel=0.05)
 
 
-def test_overlaps_of_a_run(studied):
-    rows = table(studied / "stability_digits_masks.csv")
-    layers = len(dense_masks(lth.open_run(str(studied / "runs" / "imp"))[0].new_model(0)))
-    # orders from three k, one cut beside the run's, rounds 1 and 2; one seed, so none across seeds
-    assert len(rows) == (3 + 1 + 1) * (1 + layers)
-    live = {(row["live of one"], row["live of other"]) for row in rows if row["layer"] == "all"
-            and row["across"] != "rounds"}
-    assert len(live) == 1 and len(set(live.pop())) == 1  # one cut goes to IMP's density, to the weight
-    nested = [row for row in rows if row["across"] == "rounds"]
-    for row in nested:
-        assert float(row["IoU"]) == float(row["must be"])
-    assert float(nested[0]["IoU"]) == pytest.approx(0.8, abs=1e-3)
-
-
-def test_masks_that_are_not_nested_are_found_out():
-    masks = dense_masks(UNet(base=8, mults=(1,)))
-    few = {name: torch.rand(mask.shape) < 0.5 for name, mask in masks.items()}
-    assert next(stability.compare("", "", "", masks, few, nested=True))[-1] == density(few)
-    with pytest.raises(AssertionError, match="not nested"):
-        list(stability.compare("", "", "", few, random_masks(few, torch.Generator()), nested=True))
-
-
-def test_compare_counts_by_hand():
-    a = {"one": torch.tensor([True, True, False, False]), "two": torch.tensor([True, False])}
-    b = {"one": torch.tensor([True, False, True, False]), "two": torch.tensor([True, False])}
-    total, one, two = stability.compare("x", "y", "z", a, b)
-    assert total[4:7] == [3, 3, 2 / 4] and one[4:8] == [2, 2, 1 / 3, 1 / 3]  # chance: 1 of 3
-    assert two[6] == 1 and two[7] == pytest.approx(0.5 / 1.5) and two[8] == pytest.approx(3)
+def test_copies_are_what_the_run_itself_trained(exp, table):
+    """The dense run is repeated to the bit, and so is theta_k; copy A from the run's k is its twin."""
+    model, thetas = stability.dense_run(exp, 0, [0, 1, 8])
+    dense, twin = (exp.load(lth.Job(0, 0, arm)) for arm in ("dense", "twin"))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), dense.model.parameters()))
+    for k, start in (exp.k, common.theta(exp, 0)), (0, exp.new_model(0)):
+        for name, value in start.state_dict().items():
+            assert torch.equal(value, thetas[k][name])
+    assert exp.k == 1 and table[1]["fid_domain A"] == pytest.approx(twin.row["fid_domain"], rel=1e-4)
+    assert table[0]["fid_domain A"] == pytest.approx(dense.row["fid_domain"], rel=1e-4)
 
 
 def test_barrier_by_hand():
@@ -104,7 +82,7 @@ def test_barrier_by_hand():
 
 
 def test_the_way_between_two_copies():
-    """val_loss replaced by a known function of the weights: the square of what conv_out's bias has in it."""
+    """val_loss replaced by a known function of the weights: 1 less the square of one bias."""
     class Fake:
         new_model = staticmethod(lambda seed: UNet(base=8, mults=(1,)))
         val_loss = staticmethod(lambda model: 1 - model.conv_out.bias[0].item() ** 2)
@@ -116,41 +94,47 @@ def test_the_way_between_two_copies():
     assert stability.barrier(stability.path_losses(Fake, a, a)) == 0
 
 
-def test_rank_correlation_by_hand():
-    rows = [[seed, k, 0, barrier, *[0] * 7, excess] for seed, k, barrier, excess in (
-        (0, 0, 3, 30), (0, 1, 2, 20), (0, 2, 1, 10), (1, 0, 3, 1), (1, 1, 2, 2), (1, 2, 1, 3))]
-    found = stability.rank_correlation(rows, 11)
-    assert found[0] == pytest.approx(1) and found[1] == pytest.approx(-1) and abs(found["all"]) < 0.5
-    flat = stability.rank_correlation([[0, k, 0, 1, *[0] * 7, k] for k in range(4)], 11)
-    assert flat[0] != flat[0]
-
-
-def test_one_cut_leaves_what_was_asked_for(studied):
-    exp, _ = lth.open_run(str(studied / "runs" / "imp"))
+@pytest.mark.parametrize("scope", ["global", "layer", "ramp"])
+def test_one_cut_leaves_what_was_asked_for(exp, scope):
+    exp.args.scope = scope
     model = exp.new_model(0)
-    masks = stability.one_cut(exp, model, 0.25)
-    total = sum(mask.numel() for mask in masks.values())
-    assert sum(live_counts(masks).values()) == total - round(0.75 * total)
+    total, masks = live_total(dense_masks(model)), stability.one_cut(exp, model, 0.25)
+    if scope == "layer":  # each layer to a quarter of its own
+        for mask in masks.values():
+            assert int(mask.sum()) == mask.numel() - round(0.75 * mask.numel())
+    else:
+        assert live_total(masks) == total - round(0.75 * total)
+    again = stability.one_cut(exp, model, density(masks))  # copies are cut to the ticket's density, exactly
+    assert live_total(again) == live_total(masks)
 
 
-def test_overlap_across_seeds_is_of_one_k_and_conclusions_say_n():
-    class Exp:
-        k, args = 4, type("", (), dict(method="imp", rounds=2))
-    one, other = ({"w": torch.tensor(bits, dtype=torch.bool)} for bits in ([1, 1, 0, 0], [1, 0, 1, 0]))
-    cuts = {(seed, k): (one, other) for seed in (0, 1) for k in (0, 4)}
-    rows = list(stability.of_cuts(Exp, cuts, {(0, 2): one, (1, 2): other}))
-    whole = {(row[0], row[2]): row[6] for row in rows if row[3] == "all"}
-    assert whole == {("orders, k=0", "seed 0"): 1 / 3, ("orders, k=4", "seed 0"): 1 / 3,
-                     ("orders, k=0", "seed 1"): 1 / 3, ("orders, k=4", "seed 1"): 1 / 3,
-                     ("cut, run's", "seed 0"): 1, ("cut, run's", "seed 1"): 1 / 3, ("seeds", "seeds 0, 1"): 1}
-    table = [[seed, k, 0, -k, *[0] * 7, -k, seed + 1.0] for seed in range(3) for k in range(4)]
-    said = stability.conclude(table, rows)
-    assert "1.00 over seeds x k, n=12" in said and "mean 1.00 [1.00, 1.00] at 90 %, n=3 seeds" in said
-    assert "nan: all alike" in said  # excess fid, the same at every k
+def rows(seed, barriers, excess):
+    return [{"seed": seed, "k": k, "barrier": barrier, "excess loss": value, "excess fid": 1.0}
+            for k, (barrier, value) in enumerate(zip(barriers, excess))]
 
 
-@pytest.mark.parametrize("flags, named", [("--seeds 7", "--seeds"), ("--shares 0.99", "--shares")])
-def test_bad_input_ends_in_one_line(compared, capsys, flags, named):
+def test_rank_correlation_by_hand():
+    found = stability.rank_correlation(rows(0, [3, 2, 1], [30, 20, 10]) + rows(1, [3, 2, 1], [1, 2, 3]),
+                                       "excess loss")
+    assert found == {0: pytest.approx(1), 1: pytest.approx(-1)}
+    for flat in rows(0, [1, 1, 1], [1, 2, 3]), rows(0, [1, 2], [1, 2]):
+        assert np.isnan(stability.rank_correlation(flat, "excess loss")[0])
+
+
+def test_conclusions_say_their_n():
+    one = rows(0, [3, 2, 1], [30, 20, 10])
+    said = stability.conclude(one, None)
+    assert "excess loss, by seed: 1.00 (n=1, no verdict)" in said and "two seeds" not in said
+    three = one + rows(1, [3, 2, 1], [3, 2, 1]) + rows(2, [3, 2, 1], [9, 8, 7])
+    said = stability.conclude(three, [0.25, 0.2])
+    assert "IoU of tickets of two seeds: 0.250, by chance 0.200." in said
+    assert "1.00, 1.00, 1.00 (n=3, mean 1.00 [1.00, 1.00])" in said
+    assert "excess fid, by seed: nan, nan, nan" in said  # the same at every k: no order
+
+
+@pytest.mark.parametrize("flags, said", [("--seeds 7", "no ticket of seed 7"),
+                                         ("--shares 0.99", "argument --shares: 0.99 of 16 steps")])
+def test_a_mistake_ends_in_one_line(studied, capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
-        stability.main(["--from", str(compared / "runs" / "imp"), *flags.split(), "--out", str(compared)])
-    assert stop.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
+        stability.main(["--from", str(studied / "run"), *flags.split(), "--out", str(studied)])
+    assert stop.value.code == 2 and said in capsys.readouterr().err

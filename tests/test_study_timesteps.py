@@ -1,4 +1,4 @@
-"""studies.timesteps: the switch, what it costs, and that its ends are the single networks."""
+"""studies.timesteps: the switch, the work it counts, and that its ends are the single networks."""
 import csv
 import functools
 import types
@@ -10,64 +10,68 @@ import lth_diffusion as lth
 from ddpm import Diffusion, denoiser, sample
 from prune import dense_masks, prune_magnitude
 from studies import timesteps
+from support import report
 from unet import UNet
 
-
-def read(path):
-    with open(path) as file:
-        return list(csv.DictReader(file))
+FLAGS = "--rounds 2 --steps 8 --batch 8 --samples 8 --nfe 4 --prune-rate 0.5 --controls".split()
 
 
-def test_a_run(compared, capsys, monkeypatch):
-    monkeypatch.setattr(timesteps, "SHARES", (0.0, 0.5, 1.0))  # the run samples by 2 evaluations
-    timesteps.main(["--from", str(compared / "runs" / "imp"), "--samples", "8", "--images", "20", "--out",
-                    str(compared)])
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run of a tiny network."""
+    folder = tmp_path_factory.mktemp("timesteps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+        patch.setattr(report, "draw_run", lambda *_: None)
+        patch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
+        lth.main([*FLAGS, "--out", str(folder / "run")])
+        yield folder
+
+
+def test_a_run(finished, capsys):
+    timesteps.main(["--from", str(finished / "run"), "--out", str(finished)])
     said = capsys.readouterr().out
-    assert "n=1 seed; fewer than 3: no verdict" in said and "Rounds 0 and 2, shared weights" in said
-    rows = read(compared / "timesteps_digits.csv")
-    assert len(rows) == 2 * 2 * 3 * 2  # pairs 0:2 and 1:2, weights, m = 0, 1, 2, directions
-    costs = {job.round: row for job, row in lth.open_run(str(compared / "runs" / "imp"))[1].items()
-             if job.arm in ("dense", "rewind")}
+    assert "Seeds: 1; fewer than 3: no verdict" in said and "Rounds 0 and 2, shared weights" in said
+    with open(finished / "timesteps_digits.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 5 * 2  # pairs 0:2 and 1:2, weights, m = 0 .. 4, directions
+    exp, _ = timesteps.open_run(str(finished / "run"))
+    macs = [exp.load(lth.Job(0, r, "ticket" if r else "dense")).row["macs_live"] for r in range(3)]
     for row in rows:
-        a, b, m = int(row["denser"]), int(row["sparser"]), int(row["sparse evaluations"])
-        macs = (m * costs[b]["macs_live"] + (2 - m) * costs[a]["macs_live"]) / 2
-        assert float(row["MMACs an evaluation"]) == pytest.approx(macs / 1e6, rel=1e-5)
-        if m in (0, 2):
-            assert int(row["bytes"]) == costs[b if m else a]["ticket_bytes"]
-        elif row["weights"] == "own":
-            assert int(row["bytes"]) == costs[a]["ticket_bytes"] + costs[b]["ticket_bytes"]
-            assert row["switch at t"] == "500"
-        else:  # one mask more, a bit a weight
-            bits = 8 * (int(row["bytes"]) - costs[a]["ticket_bytes"])
-            assert 0 <= bits - costs[a]["total_weights"] < 8 * 40
-        if row["weights"] == "own" and m in (0, 2):
-            assert row["fid_domain"] == row["single ticket"]
-    ends = {row["fid_domain"] for row in rows if row["denser"] == "0" and row["sparse evaluations"] == "0"}
+        a, b, m = (int(row[name]) for name in ("denser", "sparser", "sparse_evaluations"))
+        assert float(row["mmacs"]) == pytest.approx((m * macs[b] + (4 - m) * macs[a]) / 4e6, rel=1e-5)
+        below = 4 - m if row["direction"] == "sparse early" else m
+        assert int(row["switch"]) == 250 * below
+        if row["weights"] == "own" and m in (0, 4):  # one of the measured tickets
+            assert row["fid_domain"] == row["single_ticket"]
+    ends = {row["fid_domain"] for row in rows if (row["denser"], row["sparse_evaluations"]) == ("0", "0")}
     assert len(ends) == 1  # dense alone, whatever the direction and the weights
-    errors = read(compared / "timesteps_digits_errors.csv")
-    assert all(float(row["over dense"]) == 1 for row in errors if row["arm"] == "dense")
-    assert len(errors) == 10 * (2 + 2 + 2 * 3) and errors[9]["t below"] == "1000"
-    for name in ("timesteps_digits", "timesteps_digits_errors"):
-        assert (compared / f"{name}.png").stat().st_size > 5_000
+    assert (finished / "timesteps_digits.png").stat().st_size > 5_000
+    assert (finished / "timesteps_digits.json").exists()
+
+
+@pytest.mark.parametrize("pairs, words", [
+    (["2:1"], "2:1 is not two rounds"), (["0:1:2"], "not two rounds"), (["a"], "not two rounds"),
+    (["0:1", "0:7"], "argument --pairs: two of [0, 1, 2]"),
+])
+def test_bad_pairs(finished, capsys, pairs, words):
+    with pytest.raises(SystemExit) as stop:
+        timesteps.main(["--from", str(finished / "run"), "--out", str(finished), "--pairs", *pairs])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_the_switch_by_counting_calls():
     calls = dict(early=[], late=[])
 
-    class Counted(torch.nn.Module):
-        def __init__(self, name):
-            super().__init__()
-            self.name = name
-
-        def forward(self, x, t):
-            calls[self.name].append(t[0].item())
-            return 0 * x + (1.0 if self.name == "early" else -1.0)
-
-    both = timesteps.Switch(Counted("early"), Counted("late"), 300)
+    def network(name):
+        class Counted(torch.nn.Module):
+            def forward(self, x, t):
+                calls[name].append(t[0].item())
+                return 0 * x
+        return Counted()
+    both = timesteps.Switch(network("early"), network("late"), 300)
     sample(both, Diffusion(), torch.zeros(2, 1, 4, 4), "ddim", 10)
     assert calls == dict(early=[900, 800, 700, 600, 500, 400, 300], late=[200, 100, 0])
-    mixed = both(torch.zeros(3, 1, 2, 2), torch.tensor([0, 300, 299]))
-    assert mixed[:, 0, 0, 0].tolist() == [-1, 1, -1]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -75,8 +79,8 @@ def test_the_ends_are_the_single_networks(precision):
     a, b = (UNet(base=8, mults=(1,), image_size=8) for _ in range(2))
     for model in (a, b):
         torch.nn.init.normal_(model.conv_out.weight)
-    x_T = torch.randn(2, 1, 8, 8)
-    draw = functools.partial(sample, diffusion=Diffusion(), x_T=x_T, method="ddim", steps=4)
+    draw = functools.partial(sample, diffusion=Diffusion(), x_T=torch.randn(2, 1, 8, 8), method="ddim",
+                             steps=4)
     both = draw(denoiser(timesteps.Switch(a, b, 500), precision))
     for switch, one in ((0, a), (1000, b)):
         alone = draw(denoiser(one, precision))
@@ -89,33 +93,40 @@ def test_directions_do_equal_work(monkeypatch):
     seen = []
     monkeypatch.setattr(timesteps, "score", lambda exp, model, *_: seen.append(model) or 0.0)
     exp = types.SimpleNamespace(args=types.SimpleNamespace(nfe=5), diffusion=Diffusion())
-    dense, sparse = (timesteps.Network(torch.nn.Linear(2, 2), {}, macs, 10) for macs in (100, 10))
-    rows = list(timesteps.sweep(exp, dense, sparse, (7.0, 9.0), None, True))
-    assert [(row[0], row[1], row[2], row[3]) for row in rows[2:4]] == [
-        ("sparse early", 800, 1, 82), ("dense early", 200, 1, 82)]
-    assert seen[0].early is sparse.model and seen[1].late is sparse.model
-    assert [row[5] for row in rows[:2] + rows[-2:]] == [7.0, 7.0, 9.0, 9.0] and len(seen) == 8
+    dense, sparse = (lth.Trained(None, torch.nn.Linear(2, 2), {}, dict(macs_live=macs))
+                     for macs in (100_000_000, 10_000_000))
+    rows = list(timesteps.sweep(exp, dense, sparse, (7.0, 9.0), 8))
+    assert [tuple(row.values())[:4] for row in rows[2:4]] == [
+        ("sparse early", 800, 1, 82.0), ("dense early", 200, 1, 82.0)]
+    assert seen[0].early is sparse.ema and seen[1].late is sparse.ema and len(seen) == 8
+    assert [row["fid_domain"] for row in rows[:2] + rows[-2:]] == [7.0, 7.0, 9.0, 9.0]
 
 
-def test_shared_weights_and_nesting():
+def test_shared_weights():
+    """The denser ticket's weights under the sparser one's mask, at the sparser one's work."""
     model = UNet(base=8, mults=(1,), image_size=8)
     masks = dense_masks(model)
     half = prune_magnitude(model, masks, 0.5)
-    dense, sparse = timesteps.Network(model, masks, 2, 2), timesteps.Network(None, half, 1, 1)
+    dense, sparse = (lth.Trained(None, ema, its_masks, dict(macs_live=macs))
+                     for ema, its_masks, macs in ((model, masks, 2), (None, half, 1)))
     cut = timesteps.inherit(dense, sparse)
+    assert cut.row["macs_live"] == 1
     for name, mask in half.items():
-        ours, theirs = (dict(m.named_parameters())[name] for m in (cut.model, model))
+        ours, theirs = (dict(m.named_parameters())[name] for m in (cut.ema, model))
         assert torch.equal(ours[mask], theirs[mask]) and not ours[~mask].any()
-    with pytest.raises(ValueError, match="not nested"):
-        timesteps.inherit(sparse._replace(model=model), dense)
 
 
-def test_error_by_hand_and_bad_input(compared, capsys):
-    x0, noise, t = torch.zeros(3, 1, 2, 2), torch.ones(3, 1, 2, 2), torch.tensor([0, 500, 999])
-    diffusion = Diffusion()
-    assert timesteps.eps_error(diffusion, lambda x, t: 0 * x, x0, t, noise) == 1
-    assert timesteps.eps_error(diffusion, lambda x, t: 0 * x + 3, x0, t, noise) == 4
-    for flags, words in ((["--pairs", "2:1"], "--pairs"), (["--pairs", "0:7"], "as in 0:2, of [0, 1, 2]")):
-        with pytest.raises(SystemExit) as stop:
-            timesteps.main(["--from", str(compared / "runs" / "imp"), "--out", str(compared), *flags])
-        assert stop.value.code == 2 and words in capsys.readouterr().err
+def test_conclusion_by_hand():
+    """Per seed the mean over the inner places; the ends, where one network works alone, do not count."""
+    table = []
+    for seed in range(3):
+        single = 3 + seed
+        for m, early, late in ((0, 99, 99), (1, 4, 6), (2, 2, 6), (3, 0, 0)):
+            for direction, fid in zip(timesteps.DIRECTIONS, (early, late)):
+                table.append(dict(seed=seed, denser=0, sparser=2, weights="own", direction=direction, n=8,
+                                  sparse_evaluations=m, fid_domain=fid, single_ticket=single))
+    gaps = {name: values.tolist() for name, values in timesteps.differences(table).items()}
+    assert gaps == {"sparse early - dense early": [-3, -3, -3], "sparse early - single ticket": [0, -1, -2],
+                    "dense early - single ticket": [3, 2, 1]}
+    said = timesteps.conclude(table)
+    assert "sparse early - dense early -3.00 [-3.00, -3.00]" in said and "Seeds: 3; brackets" in said

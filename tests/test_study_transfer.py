@@ -1,5 +1,4 @@
-"""The study of transferred tickets: what is copied where, by hand, and rows that must agree to the bit."""
-import collections
+"""studies.transfer: what is copied where, by hand, and rows that must agree to the bit."""
 import csv
 import shutil
 
@@ -9,20 +8,23 @@ import torch
 import lth_diffusion as lth
 from prune import dense_masks, density, prunable, random_masks
 from studies import transfer
-from unet import UNet
+from studies.common import open_run, theta, ticket_masks
+from support import report, runs
+from unet import PRESETS, UNet
 
 SHAPE = dict(base=8, mults=(1, 2), image_size=8)
-MADE = "--rounds 1 --final-sparsity 0.5 --arms rewind --rewind 0.25 --batch 4 --samples 8 --nfe 2".split()
+MADE = ("--rounds 1 --final-sparsity 0.5 --rewind 0.25 --batch 4 --samples 8 --nfe 4 "
+        "--precision fp32").split()
 
 
-def table(path):
-    with open(path) as file:
+def read(path):
+    with open(path, encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 # --- what goes where
 
-PAIRS = {  # of 2 blocks a level, by hand: the last skip made is the first read
+PAIRS = {  # of 2 blocks per level, by hand: the last skip made is the first read
     "up.0.blocks.0": "down.1.blocks.1", "up.0.blocks.1": "down.1.blocks.0",
     "up.0.blocks.2": "down.0.resample", "up.1.blocks.0": "down.0.blocks.1",
     "up.1.blocks.1": "down.0.blocks.0", "up.1.blocks.2": "conv_in",
@@ -36,14 +38,14 @@ def test_partners_by_hand():
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_partners_are_what_the_network_reads(blocks):
     """What a block on the way up gets beside h is, number for number, what its partner gave."""
-    model, gave, read = UNet(**SHAPE, blocks=blocks), {}, {}
+    model, gave, given = UNet(**SHAPE, blocks=blocks), {}, {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda _, args, out, name=name: gave.update({name: out}))
-        module.register_forward_pre_hook(lambda _, args, name=name: read.update({name: args[0]}))
+        module.register_forward_pre_hook(lambda _, args, name=name: given.update({name: args[0]}))
     model(torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3]))
     for up, down in transfer.partners(model).items():
         skip = gave[down]
-        assert torch.equal(read[up][:, -skip.shape[1]:], skip), (up, down)
+        assert torch.equal(given[up][:, -skip.shape[1]:], skip), (up, down)
 
 
 @pytest.mark.parametrize("blocks, there", [
@@ -82,8 +84,7 @@ def test_a_source_of_one_block_has_no_unit_to_repeat():
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_elastic_copies_weights_and_masks_together(blocks):
     generator = torch.Generator().manual_seed(0)
-    shape = SHAPE | dict(attention=(8, 4))
-    source, target = UNet(**shape, blocks=2), UNet(**shape, blocks=blocks)
+    source, target = UNet(**SHAPE, blocks=2), UNet(**SHAPE, blocks=blocks)
     for p in source.parameters():
         torch.nn.init.normal_(p, generator=generator)
     masks = {name: torch.rand(mask.shape, generator=generator) < 0.3
@@ -97,8 +98,7 @@ def test_elastic_copies_weights_and_masks_together(blocks):
     if blocks == 3:
         for ours, theirs in (("down.1.blocks.2.conv1", "down.1.blocks.1.conv1"),
                              ("mid.0.conv1", "mid.0.conv1"), ("up.1.blocks.3.conv2", "up.1.blocks.2.conv2"),
-                             ("down.0.resample", "down.0.resample"),
-                             ("down.0.attention.1.qkv", "down.0.attention.0.qkv")):
+                             ("down.0.resample", "down.0.resample")):
             assert torch.equal(state[f"{ours}.weight"], source.state_dict()[f"{theirs}.weight"])
             assert torch.equal(elastic[f"{ours}.weight"], masks[f"{theirs}.weight"])
             assert torch.equal(state[f"{ours}.bias"], source.state_dict()[f"{theirs}.bias"])
@@ -112,73 +112,84 @@ def test_shuffled_keeps_the_layers():
 
 
 def test_conclusions_are_paired_and_say_n():
-    rows = [[seed, "A", "B", network, 0.9, 1, fid, 0, 16] for seed in range(3) for network, fid in (
-        (transfer.OWN, 10.0 * seed), ("foreign mask", 10.0 * seed + 2))]
-    said, = transfer.conclude(rows)
-    assert "own ticket 10.00" in said and "foreign mask +2.00 [+2.00, +2.00]" in said and "n=3 seeds" in said
-    assert "no verdict" not in said and "n=1 seed, no verdict" in next(transfer.conclude(rows[:2]))
+    fids = {transfer.OWN: {0: 0, 1: 10, 2: 20}, "foreign mask": {0: 2, 1: 12, 2: 22}, "dense": {}}
+    said = transfer.conclude("A to B", fids)
+    assert "own ticket 10.00" in said and "foreign mask +2.00 [+2.00, +2.00]" in said
+    assert "n=3 seed(s), 90 % intervals" in said
+    one = {network: {0: group[0]} for network, group in fids.items() if group}
+    assert "foreign mask +2.00 (" in (said := transfer.conclude("A to B", one)) and "no verdict" in said
 
 
-# --- the two parts
+# --- the two studies
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Few images behind a val_loss, no pictures of the runs, no timing."""
+    """Few images behind a val_loss, no pictures of the runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lth, "VAL_IMAGES", 100)
-        patch.setattr(lth, "draw_everything", lambda *_: None)
-        patch.setattr(lth, "announce", lambda *_: collections.defaultdict(float))
-        patch.setattr(transfer, "RUN", MADE)
+        patch.setattr(report, "draw_run", lambda *_: None)
         yield patch
 
 
-def test_across_data(compared, tmp_path, small, capsys):
-    """Two runs of one data set that share theta_k: a foreign mask must be the ticket itself."""
+@pytest.fixture(scope="module")
+def pair(small, tmp_path_factory):
+    """Two runs of one data set that share theta_k and differ in their tickets."""
+    folder = tmp_path_factory.mktemp("pair")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-        transfer.main(["--part", "data", "--out", str(tmp_path), "--from",
-                       *(str(compared / "runs" / name) for name in ("imp", "oneshot"))])
-    said, rows = capsys.readouterr().out, table(tmp_path / "transfer_data_imp_oneshot.csv")
-    fid = {(row["to"], row["network"]): row["fid_domain"] for row in rows}
-    assert fid["oneshot", "foreign mask"] == fid["imp", "own ticket"] == fid["oneshot", "foreign ticket"]
-    assert fid["imp", "foreign mask"] == fid["oneshot", "own ticket"] != fid["imp", "own ticket"]
-    steps = {(row["to"], row["network"]): row["steps"] for row in rows}
-    assert steps["imp", "dense"] == steps["imp", "own mask, new init"] == "16"
-    assert steps["imp", "foreign mask, shuffled"] == steps["imp", "own ticket"] == "15"
-    assert len({row["sparsity"] for row in rows if "dense" not in row["network"]}) == 1
-    masks = table(tmp_path / "transfer_data_imp_oneshot_masks.csv")
-    assert masks[0]["layer"] == "all" and float(masks[0]["times chance"]) > 1 and len(masks) > 10
-    assert "n=1 seed, no verdict" in said and "one seed overlap" in said
-    assert (tmp_path / "transfer_data_imp_oneshot.png").stat().st_size > 5_000
+        patch.setitem(PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+        for scope in ("global", "layer"):
+            flags = [*MADE, "--steps", "8", "--scope", scope, "--out", str(folder / scope)]
+            lth.main(flags)
+        yield folder
+
+
+def test_across_data(pair, tmp_path, capsys):
+    """The two runs share theta_k and data: a foreign mask must be the ticket itself."""
+    transfer.main(["--from", str(pair / "global"), str(pair / "layer"), "--out", str(tmp_path)])
+    said, rows = capsys.readouterr().out, read(tmp_path / "transfer_data_global_layer.csv")
+    fid = {(row["way"], row["network"]): row["fid_domain"] for row in rows}
+    there, back = "global to layer", "layer to global"
+    assert fid[there, "foreign mask"] == fid[back, "own ticket"] == fid[there, "foreign ticket"]
+    assert fid[back, "foreign mask"] == fid[there, "own ticket"] != fid[back, "own ticket"]
+    steps = {(row["way"], row["network"]): row["steps"] for row in rows}
+    assert steps[back, "dense"] == steps[back, "own mask, new init"] == "8"
+    assert steps[back, "foreign mask, shuffled"] == steps[back, "own ticket"] == "6"
+    pruned = [float(row["sparsity"]) for row in rows if "dense" not in row["network"]]
+    assert pruned == pytest.approx([0.5] * len(pruned), abs=1e-3)
+    assert "n=1 seed(s), no verdict" in said and "Masks of one seed overlap" in said
+    assert (tmp_path / "transfer_data_global_layer.png").stat().st_size > 5_000
 
 
 def test_across_depth(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=8, mults=(1, 2), blocks=1, patch=2))
-    flags = ["--steps", "4", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    monkeypatch.setitem(PRESETS, "tiny", dict(base=8, mults=(1, 2), blocks=1, patch=2))
+    flags = [*MADE, "--steps", "4", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
     transfer.main(flags)
-    said, rows = capsys.readouterr().out, table(tmp_path / "transfer_depth_digits.csv")
-    assert "part one is left out" in said and "2 blocks to 3 blocks" in said and "no verdict" in said
-    assert [row["to"] for row in rows] == ["3 blocks"] * 6 + ["1 block"] * 6
+    said, rows = capsys.readouterr().out, read(tmp_path / "transfer_depth_digits.csv")
+    assert "2 blocks to 3: own ticket" in said and "no verdict" in said
+    assert [row["way"] for row in rows] == ["2 blocks to 3"] * 6 + ["2 blocks to 1"] * 6
     for row in rows:
         k = 0 if row["network"] in ("dense", "elastic mask, new init") else 1
         assert int(row["steps"]) == 4 - k
         assert 0.4 < float(row["sparsity"]) < 0.6 or "dense" in row["network"]
-    for to in ("3 blocks", "1 block"):  # one mask, thrice
-        assert len({row["sparsity"] for row in rows if row["to"] == to and "elastic" in row["network"]}) == 1
-    exp, _ = lth.open_run(str(tmp_path / "runs" / "transfer_digits_4_2_blocks"))
-    target, _ = lth.open_run(str(tmp_path / "runs" / "transfer_digits_4_3_blocks"))
-    _, masks = transfer.elastic(exp.theta(0), transfer.ticket(exp, 0), target.new_model(0))
-    assert float(rows[3]["sparsity"]) == pytest.approx(1 - density(masks), rel=1e-5)
-    trained = lth.load_state(next((tmp_path / "runs").glob("*_3_blocks/studies/*elastic-ticket*")))["ema"]
+    source, _ = open_run(str(tmp_path / "runs" / "transfer_digits_4_2_blocks"))
+    target, _ = open_run(str(tmp_path / "runs" / "transfer_digits_4_3_blocks"))
+    _, masks = transfer.elastic(theta(source, 0), ticket_masks(source, 0), target.new_model(0))
+    for row in rows[3:6]:  # one mask, three times
+        assert float(row["sparsity"]) == pytest.approx(1 - density(masks), rel=1e-5)
+    path = next((tmp_path / "runs").glob("*_3_blocks/studies/*elastic-ticket*"))
+    trained = runs.load_state(path)["ema"]
     assert all(not trained[name][~mask].any() for name, mask in masks.items())
     assert (tmp_path / "transfer_depth_digits.png").stat().st_size > 5_000
 
 
-def test_bad_input_ends_in_one_line(compared, tmp_path, capsys):
-    imp, other = str(compared / "runs" / "imp"), tmp_path / "imp"
-    shutil.copytree(imp, other, ignore=shutil.ignore_patterns("studies"))
-    for flags, named in (([], "--part"), (["--from", imp, str(tmp_path)], "config.json"),
-                         (["--from", imp, str(other)], "different names")):
+def test_mistakes_end_in_one_line(pair, tmp_path, capsys):
+    one, same = pair / "global", tmp_path / "global"
+    shutil.copytree(one, same, ignore=shutil.ignore_patterns("studies"))
+    for flags, named in ((["--from", str(one), str(tmp_path)], "config.json"),
+                         (["--from", str(one), str(same)], "different names"),
+                         (["--from", str(one), str(one), "--steps", "9"], "--steps"),
+                         (["--preset", "mnist"], "--preset")):
         with pytest.raises(SystemExit) as stop:
-            transfer.main(["--part", "data", *flags, "--out", str(tmp_path)])
-        assert stop.value.code == 2 and named in capsys.readouterr().err.splitlines()[-1]
+            transfer.main([*flags, "--out", str(tmp_path)])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and named in said and said.count("\n") == 1

@@ -1,107 +1,146 @@
-"""studies.variants: one variant end to end, its arithmetic by hand."""
-import collections
+"""studies.variants: the noise levels of score-based models, two variants end to end, arithmetic by hand."""
 import csv
+import math
+import types
 
-import numpy as np
 import pytest
+import torch
 
 import lth_diffusion as lth
-import metrics
-from prune import blocks_of, density_by_block, live_counts
+from ddpm import Diffusion, sample
 from studies import variants
-from unet import UNet
+from support import report, runs
+from unet import PRESETS
 
-SMALL = ("--rounds 1 --prune-rate 0.5 --steps 8 --rewind 0.25 --batch 8 --samples 8 --nfe 2 "
+SMALL = ("--rounds 1 --prune-rate 0.5 --steps 8 --rewind 0.25 --batch 8 --samples 8 --nfe 10 "
          "--precision fp32").split()
 
 
 def read(path):
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def test_variants(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-    monkeypatch.setattr(lth, "draw_everything", lambda *_: None)
-    monkeypatch.setattr(lth, "announce", lambda *_: collections.defaultdict(float))
+# --- the noise levels
+
+def test_sigma_schedule():
+    """Noise levels from 0.01 to 50, evenly in their logarithm (2011.13456); the network is told of t up
+    to 1000."""
+    diffusion, told = variants.SigmaDiffusion(), []
+    sigma = (1 / diffusion.alphas_bar - 1).sqrt()
+    assert diffusion.T == 1_000_000
+    assert sigma[[0, -1]].tolist() == pytest.approx([0.01, 50], rel=1e-6)
+    ratio = sigma[1:] / sigma[:-1]
+    assert ratio.min() > 1 and ratio.max() - ratio.min() < 1e-6
+
+    def network(x, t):
+        told.append(t[0].item())
+        return x
+    x = sample(network, diffusion, torch.ones(2, 1, 2, 2), "ddim", 50)
+    assert x.shape == (2, 1, 2, 2) and bool(x.isfinite().all())
+    assert told == [20 * k for k in reversed(range(50))]
+    image, t = torch.zeros(1, 1, 2, 2), torch.tensor([500_000])
+    diffusion.loss(network, image, t, image)
+    assert told[-1] == 500
+
+
+def test_predict_undoes_the_parametrisation():
+    """A network that predicts v, or eps, of a known x_0 exactly: loss 0, and the same eps from both."""
+    torch.manual_seed(0)
+    x0, noise = torch.rand(6, 1, 4, 4) * 2 - 1, torch.randn(6, 1, 4, 4)
+    for prediction in ("eps", "v"):
+        diffusion = variants.SigmaDiffusion(prediction)
+        t = torch.linspace(0, diffusion.T - 1, 6).long()
+        abar = diffusion.alphas_bar[t].float()[:, None, None, None]
+        truth = noise if prediction == "eps" else abar.sqrt() * noise - (1 - abar).sqrt() * x0
+        assert diffusion.loss(lambda x, t: truth, x0, t, noise).item() < 1e-12
+        assert diffusion.loss(lambda x, t: truth + 1, x0, t, noise).item() == pytest.approx(1, rel=1e-6)
+        eps = diffusion.predict(lambda x, t: truth, diffusion.q_sample(x0, t, noise), t)
+        torch.testing.assert_close(eps, noise, atol=1e-5, rtol=0)
+
+
+def test_only_this_study_has_them(capsys):
+    with pytest.raises(ValueError, match="sigma"):
+        Diffusion(schedule="sigma")
+    with pytest.raises(SystemExit) as stop:
+        lth.parse_args(["--schedule", "sigma"])
+    assert stop.value.code == 2 and "--schedule" in capsys.readouterr().err
+
+
+# --- the study
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+    monkeypatch.setattr(report, "draw_run", lambda *_: None)
+
+
+def test_variants(tiny, tmp_path, monkeypatch, capsys):
     command = [*SMALL, "--only", "linear/v", "sigma/eps", "--runs", str(tmp_path / "runs"), "--out",
                str(tmp_path)]
     variants.main(command)
-    said = capsys.readouterr().out
-    assert "n=1, no verdict" in said and "not comparable between variants" in said.replace("\n", " ")
+    assert "n=1 seed(s), no verdict" in capsys.readouterr().out
     rows = read(tmp_path / "variants_digits.csv")
     assert [(row["variant"], row["arm"]) for row in rows] == [
-        (name, arm) for name in ("linear/v", "sigma/eps") for arm in variants.ARMS.values()]
+        (name, arm) for name in ("linear/v", "sigma/eps") for arm in variants.ARMS]
     fid = {(row["variant"], row["arm"]): float(row["fid_domain"]) for row in rows}
     for row in rows:
         name, arm = row["variant"], row["arm"]
         pruned = 0.5 if arm in ("ticket", "reinit", "random") else 0
         assert float(row["sparsity"]) == pytest.approx(pruned, abs=1e-4)
         if arm != "ticket":
-            less = fid[name, "ticket"] - fid[name, arm]
-            assert float(row["ticket less it"]) == pytest.approx(less, abs=1e-2)
+            assert float(row["difference"]) == pytest.approx(fid[name, "ticket"] - fid[name, arm], abs=1e-2)
+    config = runs.read_config(tmp_path / "runs" / "sigma-eps")
+    assert config["experiment"] == "ScoreBased" and config["args"]["prediction"] == "eps"
+    assert runs.read_config(tmp_path / "runs" / "linear-v")["args"]["prediction"] == "v"
     blocks = read(tmp_path / "variants_digits_blocks.csv")
     assert len(blocks) == 2 * 5  # one level: one block down, two in the middle, two up
-    config = lth.read_config(tmp_path / "runs" / "sigma-eps")["args"]
-    assert (config["schedule"], config["prediction"]) == ("sigma", "eps")
-    for row in blocks:  # 6 steps from one theta_k leave networks alike, another start has nothing in common
+    for row in blocks:  # 6 steps from one theta_k leave networks alike, other weights have nothing in common
         assert float(row["CKA"]) > 0.5 > abs(float(row["CKA null"]))
-    assert (tmp_path / "variants_digits_blocks.png").stat().st_size > 10_000
+    assert (tmp_path / "variants_digits.png").stat().st_size > 10_000
     before = (tmp_path / "variants_digits.csv").read_bytes()
     monkeypatch.setattr(lth, "train", None)  # all that is trained is kept
     variants.main(command)
     assert (tmp_path / "variants_digits.csv").read_bytes() == before
 
 
-def test_two_seeds_are_each_others_null(compared):
-    """The null is the next seed's network; density by block is that of the masks, to the last weight."""
-    exp, rows = lth.open_run(str(compared / "runs" / "imp"))
-    whole = UNet(**exp.load(lth.Job(0, 0, "dense"))["config"])
-    live = live_counts(exp.rebuild(exp.load(lth.Job(0, 2, "rewind")))[1])
-    density = density_by_block(whole, live)
-    size = collections.Counter()
-    for name, block in blocks_of(whole).items():
-        size[block] += dict(whole.named_parameters())[name].numel()
-    live = sum(density[block] * n for block, n in size.items())
-    assert live == pytest.approx(rows[lth.Job(0, 2, "rewind")]["live_weights"], abs=1e-6)
-    assert set(density) == set(lth.block_similarity(whole, whole))
-
-
-def test_slopes_and_differences_by_hand():
-    assert metrics.slope([1, 0.75, 0.5, 0.25, 0]) == pytest.approx((-1, 0), abs=1e-12)
-    assert metrics.slope([1, np.nan, 1.5, 1.75, 2])[0] == pytest.approx(1)
-    assert np.isnan(metrics.slope([1, 2])[0])  # a line through two points has no error
-    blocks = [["a", seed, block, value, 0.0, 1 - value] for seed, values in ((0, (0, 1, 2)), (1, (0, 2, 4)))
+def test_slopes_by_hand():
+    """The line through the means over seeds."""
+    blocks = [["a", seed, block, value, -2 * value] for seed, values in ((0, (0, 1, 2)), (1, (0, 2, 4)))
               for block, value in zip("xyz", values)]
-    cka, null, density = variants.slope_lines(blocks)
-    assert cka == ["a", "CKA", 2, pytest.approx(3), pytest.approx(0, abs=1e-9), pytest.approx(2 ** 0.5)]
-    assert null[3] == 0 and density[3] == pytest.approx(-3)
-    fid = dict(dense=(10, 10, 10), rewind=(9, 8, 7), reinit=(8, 8, 8), random=(20, 20, 20))
+    cka, null = variants.slopes_of(blocks)["a"]
+    assert cka == pytest.approx((3, 0), abs=1e-9) and null == pytest.approx((-6, 0), abs=1e-9)
+
+
+def test_differences_by_hand():
+    fid = dict(dense=(10, 10, 10), ticket=(9, 8, 7), reinit=(8, 8, 8), random=(20, 20, 20))
     rows = {lth.Job(seed, 0 if arm == "dense" else 2, arm): dict(fid_domain=v, sparsity=0.5, val_loss=1.0)
             for arm, values in fid.items() for seed, v in enumerate(values)}
-    table = list(variants.arm_lines("a", rows, 2))
-    assert [row[6] for row in table] == [-2, None, 0, -12]
-    half = 2.919986 * (1 / 3 ** 0.5)  # t of 2 degrees of freedom at 95 %, times sd 1 over the root of 3
-    assert table[0][7:9] == pytest.approx([-2 - half, -2 + half], abs=1e-5)
-    said = variants.conclude(table, [["a", "CKA", 3, -1.0, 0.1, 0.1], ["a", "CKA null", 3, 0.1, 0.1, 0.1],
-                                     ["a", "density", 3, 1.0, 0.1, 0.1]])
-    assert "than dense in 1 of 1 variants: a (-2.00); than reinit in 0 of 1 variants" in said
-    assert "no verdict" not in said and said.count("1 fall and 0 rise") == 1
+    exp = types.SimpleNamespace(rows=rows, args=types.SimpleNamespace(rounds=2))
+    table = list(variants.arm_rows("a", exp, [0, 1, 2]))
+    assert [row.arm for row in table] == list(fid)  # k = 0: no rewound dense network
+    assert [row.difference for row in table] == [-2, None, 0, -12]
+    half = 2.919986 / math.sqrt(3)  # t of 2 degrees of freedom at 95 %, times sd 1 over the root of 3
+    assert (table[0].low, table[0].high) == pytest.approx((-2 - half, -2 + half), abs=1e-5)
+    said = variants.conclude(table, dict(a=[(-1.0, 0.1), (0.1, 0.2)]))
+    assert "less that of dense: a -2.00 [-3.69, -0.31]" in said and "90 % intervals" in said
+    assert "a: -1.000 ± 0.100; null +0.100 ± 0.200" in said
 
 
-def test_the_default_run_is_shared_where_it_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert variants.parse("linear/eps", ["--seeds", "0", "1"], None)[0].out == "runs/digits"
-    assert variants.parse("linear/v", [], None)[0].out == "runs/variants_digits/linear-v"
-    assert variants.parse("linear/eps", ["--steps", "99"], None)[0].out == "runs/variants_digits/linear-eps"
-    (tmp_path / "runs/digits").mkdir(parents=True)
-    (tmp_path / "runs/digits/config.json").write_text('{"args": {"seeds": [0], "dataset": "digits", "rounds": 2}, '
-                                                      '"commit": "x"}')
-    assert variants.parse("linear/eps", [], None)[0].out == "runs/variants_digits/linear-eps"
+def test_every_variant_gets_its_own_run():
+    folders = set()
+    for name in variants.VARIANTS:
+        args, _ = variants.parse(name, ["--seeds", "0", "1"])
+        assert f"{args.schedule}/{args.prediction}" == name.replace("sigma", "linear")
+        assert args.rounds == 2 and args.seeds == [0, 1]
+        folders.add(args.out)
+    assert len(folders) == 4
+    assert variants.parse("linear/v", ["--rounds", "3"])[0].prune_rate == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("flags, reason", [(["--arms", "rewind"], "reinit and random"),
-                                           (["--fast"], "--fast"), (["--only", "cubic"], "cubic")])
+@pytest.mark.parametrize("flags, reason", [
+    (["--controls", "small"], "reinit and random"), (["--fast"], "--fast"), (["--only", "cubic"], "cubic"),
+    (["--schedule", "cosine"], "--schedule"), (["--only", "sigma/eps", "--nfe", "4"], "--nfe")])
 def test_mistakes_end_in_one_line(flags, reason, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         variants.main([*flags, "--out", str(tmp_path)])

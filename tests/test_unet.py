@@ -1,4 +1,5 @@
-"""unet.py: parameters and MACs of the published network, shapes, what starts at zero, attention, folding.
+"""unet.py: parameters and MACs of the published network, shapes, initialisation, attention, folding,
+narrower networks.
 
 Exact unless a tolerance is written beside the comparison.
 """
@@ -11,7 +12,7 @@ from torch import nn
 
 import metrics
 import unet
-from unet import PRESETS, Attention, Downsample, GroupNorm, ResBlock, UNet, Upsample
+from unet import PRESETS, Attention, Downsample, GroupNorm, ResBlock, UNet, Upsample, narrower
 
 SMALL = dict(channels=1, base=8, mults=(1, 2), image_size=8)
 
@@ -235,8 +236,8 @@ def test_patch_is_exact_folding():
 @pytest.mark.parametrize("changes, word", [
     (dict(image_size=10, mults=(1, 2, 2)), "image_size=10"), (dict(image_size=12, patch=8), "image_size=12"),
     (dict(base=6), "width 6"), (dict(base=5, mults=(1,)), "width 5"), (dict(base=0), "width 0"),
-    (dict(base=100), "width 200"), (dict(base=3), "width 3"), (dict(blocks=0), "blocks=0"),
-    (dict(mults=()), "mults="), (dict(patch=0), "patch=0"), (dict(image_size=0), "image_size=0"),
+    (dict(base=100), "width 200"), (dict(base=3), "width 3"), (dict(blocks=0), "blocks"),
+    (dict(mults=()), "mults"), (dict(patch=0), "patch"), (dict(image_size=0), "image_size"),
     (dict(hidden={"down.0.blocks.0": 6}), "hidden=6"), (dict(hidden={"mid.0": 0}), "hidden=0")])
 def test_sizes_that_do_not_fit_are_one_line(changes, word):
     with pytest.raises(ValueError) as caught:
@@ -291,3 +292,35 @@ def test_config_rebuilds_the_network(meta):
     again = UNet(**model.config)
     assert again.config == model.config
     assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
+
+
+# ------------------------------------------------------------------------------------------ narrower networks
+
+def size_of(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in UNet(**config).parameters())
+
+
+@pytest.mark.parametrize("base", [4, 16, 32])
+def test_narrower_finds_a_plain_network_again(meta, base):
+    config = UNet(**SMALL | dict(base=32)).config
+    wanted = size_of({**config, "base": base})
+    found = narrower(config, wanted)
+    assert found["base"] == base and size_of(found) == wanted
+    whole = UNet(**{**config, "base": base})
+    blocks = {name: m.conv1.out_channels for name, m in whole.named_modules() if isinstance(m, ResBlock)}
+    assert found["hidden"] == blocks  # of networks of equal size, the one with whole blocks
+
+
+@pytest.mark.parametrize("wanted", [20_000, 60_000])
+def test_narrower_meets_counts_in_between_by_the_hidden_widths(meta, wanted):
+    config = UNet(**SMALL | dict(base=32)).config
+    found = narrower(config, wanted)
+    assert abs(size_of(found) / wanted - 1) < 0.2
+    assert {**found, "base": 0, "hidden": 0} == {**config, "base": 0, "hidden": 0}  # all else stays
+
+
+def test_narrower_leaves_the_random_state_alone():
+    config, before = UNet(**SMALL).config, torch.random.get_rng_state()
+    narrower(config, 1000)
+    assert torch.equal(before, torch.random.get_rng_state())

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lth_diffusion import COLUMNS
-from studies import verdict
+from checks import verdict
+from support.report import COLUMNS
+from support.verdict import verdicts
 
-WIN = dict(dense=(10, 11, 12), rewind=(10.1, 11.0, 12.1), reinit=(14, 15, 16.5), random=(20, 21, 19))
+WIN = dict(dense=(10, 11, 12), ticket=(10.1, 11.0, 12.1), reinit=(14, 15, 16.5), random=(20, 21, 19))
 
 
 def write(path, arms, round=10, sparsity=0.9, columns=tuple(COLUMNS), seeds=(0, 1, 2), mode="w"):
     """A results.csv with one round, or with mode='a' one round more; its path as a string."""
-    with open(path, mode, newline="") as file:
+    with open(path, mode, newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         if mode == "w":
             writer.writeheader()
@@ -53,22 +54,22 @@ def test_winning(tmp_path, capsys):
     out = told(capsys, write(tmp_path / "a.csv", WIN | dict(twin=(99, 99, 99))))
     assert "winning: n=3 seeds, fid_domain" in out and "not shown" not in out and "n_samples 2000" in out
     assert "At 90.0 % sparsity" in out and "99" not in out
-    d, t = np.array(WIN["dense"]), np.array(WIN["rewind"])
+    d, t = np.array(WIN["dense"]), np.array(WIN["ticket"])
     p = scipy.stats.ttest_rel(t, 1.1 * d, alternative="less").pvalue
-    line = next(line for line in out.splitlines() if "within 10 % of dense" in line).split()
-    assert line[-1] == f"{p:.4g}" and float(line[-4]) == pytest.approx((t - d).mean(), rel=1e-3)
+    assert f"within 10 % of dense: p={p:.4g}\n" in out and f"ticket - dense {(t - d).mean():+.4g} [" in out
     assert "winning" in told(capsys, write(tmp_path / "b.csv", dict(reversed(WIN.items()))))
 
 
 @pytest.mark.parametrize("arm, values, test", [
-    ("rewind", (13, 14, 15.2), "within 10 % of dense"), ("reinit", (10, 11.2, 12), "better than reinit"),
+    ("ticket", (13, 14, 15.2), "within 10 % of dense"), ("reinit", (10, 11.2, 12), "better than reinit"),
     ("random", (10, 11.2, 12), "better than random")])
 def test_each_test_can_fail_alone(tmp_path, capsys, arm, values, test):
     arms = WIN | {arm: values}
-    if arm == "rewind":  # still far better than both controls
+    if arm == "ticket":  # still far better than both controls
         arms |= dict(reinit=(24, 25, 26.5), random=(30, 31, 29))
-    said = told(capsys, write(tmp_path / "a.csv", arms)).split("\n\n")[-1]
+    said = told(capsys, write(tmp_path / "a.csv", arms))
     assert "not shown to win: n=3" in said and said.count("(p=") == 1 and f"not shown: {test} (p=" in said
+    assert "80 % power, in each test: from 2.3 sd" in said
 
 
 def test_margin_and_alpha(tmp_path, capsys):
@@ -81,7 +82,7 @@ def test_margin_and_alpha(tmp_path, capsys):
 def test_no_verdict(tmp_path, capsys):
     two = {arm: values[:2] for arm, values in WIN.items()}
     assert "n=2, no verdict." in told(capsys, write(tmp_path / "a.csv", two))
-    diverged = WIN | dict(rewind=(10.1, math.nan, 12.1))
+    diverged = WIN | dict(ticket=(10.1, math.nan, 12.1))
     assert "n=3, no verdict: ticket not finite." in told(capsys, write(tmp_path / "a.csv", diverged))
     out = told(capsys, write(tmp_path / "a.csv", WIN | dict(random=(20, 21))))
     assert "n=2, no verdict" in out and "seeds [2] lack an arm" in out
@@ -92,7 +93,7 @@ def test_files_add_seeds(tmp_path, capsys):
     third = {arm: values[2:] for arm, values in WIN.items()}
     paths = [write(tmp_path / "a.csv", two), write(tmp_path / "b.csv", third, seeds=[7])]
     assert "winning: n=3" in told(capsys, *paths)
-    assert "comes twice" in refused(capsys, paths[0], paths[0])
+    assert "occur twice" in refused(capsys, paths[0], paths[0])
     text = open(paths[1]).read()
     for old, new, word in ((",2000,", ",500,", "n_samples"), (",100,", ",200,", "total_weights"),
                            (",0.9,", ",0.5,", "round 10")):
@@ -105,10 +106,10 @@ def test_rounds_are_a_family(tmp_path, capsys):
     alone = told(capsys, path)
     rest = {arm: values for arm, values in WIN.items() if arm != "dense"}
     write(path, rest, round=5, sparsity=0.7, mode="a")
-    write(path, {"rewind": (10, 11, 12)}, round=3, sparsity=0.5, mode="a")
+    write(path, {"ticket": (10, 11, 12)}, round=3, sparsity=0.5, mode="a")
     both = told(capsys, path)
     assert "family: 1" in alone and "family: 2" in both
-    assert "Not tested: round 3 (no reinit, no random)." in both
+    assert "Round 3 is not tested: no reinit, no random." in both
     p, holm = (float(text.split(", Holm ")[-1].split(";")[0]) for text in (alone, both))
     assert holm == pytest.approx(2 * p, rel=0.01)
 
@@ -119,23 +120,23 @@ def test_refusals(tmp_path, capsys):
     path = tmp_path / "a.csv"
     for place in (tmp_path / "none.csv", tmp_path):
         assert f"cannot read {place}" in refused(capsys, str(place))
-    no_controls = {arm: v for arm, v in WIN.items() if arm in ("dense", "rewind")}
+    no_controls = {arm: v for arm, v in WIN.items() if arm in ("dense", "ticket")}
     assert "no reinit, no random" in refused(capsys, write(path, no_controls))
     assert "no dense" in refused(capsys, write(path, {a: v for a, v in WIN.items() if a != "dense"}))
     narrow = ["seed", "round", "arm", "sparsity"]
     assert "no column fid_domain" in refused(capsys, write(path, WIN, columns=narrow))
     good = open(write(path, WIN)).read()
     lines = good.splitlines()
-    for text, words in (("", "no column seed"), (lines[0], "no round has all"),
+    for text, words in (("", "no column arm"), (lines[0], "no round has all"),
                         (good.replace("10.1", "ten"), "line 5: fid_domain is 'ten'"),
                         (good.replace("10.1", ""), "line 5: fid_domain is ''"),
-                        ("\n".join(lines[:4] + ["0,10,rewind"]), "line 5: sparsity is None"),
-                        (good.replace("0,10,rewind", "0.5,10,rewind"), "seed is '0.5'"),
-                        (good.replace("0.9", "1.9"), "sparsity is '1.9'")):
+                        ("\n".join(lines[:4] + ["0,10,ticket"]), "line 5: sparsity is None"),
+                        (good.replace("0,10,ticket", "0.5,10,ticket"), "seed is '0.5'"),
+                        (good.replace("0.9", "all"), "sparsity is 'all'")):
         path.write_text(text)
         assert words in refused(capsys, str(path))
     path.write_bytes(bytes(range(256)))
-    assert "no table of text" in refused(capsys, str(path))
+    assert "not a text table" in refused(capsys, str(path))
 
 
 def test_command_line(tmp_path, capsys):
@@ -157,32 +158,43 @@ def test_boundaries_and_power_are_the_closed_form():
     rng, n = np.random.default_rng(1), 5
     for test in range(3):
         for effect in (0, 1):
-            effects = [effect if k == test else verdict.IN for k in range(3)]
-            plain, holm = verdict.p_values(verdict.made_up(rng, [effects], n, ARGS), ARGS)
+            effects = [effect if k == test else verdict.FAR for k in range(3)]
+            plain, holm = verdict.p_values(verdict.simulate(rng, [effects], n, ARGS), ARGS)
             assert plain.shape == holm.shape == (1, 4000) and np.array_equal(plain, holm)
             t = scipy.stats.t.ppf(0.95, n - 1)
             expected = scipy.stats.nct.sf(t, n - 1, effect * math.sqrt(n)) if effect else 0.05
-            assert verdict.rate(plain[0] < 0.05)[0] == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 4000))
+            assert verdict.rate(plain, ARGS)[0] == pytest.approx(expected, abs=4 * math.sqrt(0.25 / 4000))
+            effect = verdict.detectable(n, 0.05)
+            assert scipy.stats.nct.sf(t, n - 1, effect * math.sqrt(n)) == pytest.approx(0.8)
 
 
-def test_made_up_values_share_the_seed_and_the_dense_run():
-    values = verdict.made_up(np.random.default_rng(0), [[0, 0, 0], [1, 2, 3]], 3, ARGS)
+def test_all_draws_at_once_agree_with_the_verdict_itself():
+    values = verdict.simulate(np.random.default_rng(2), [[0, 1, 2], [1, 1, 1], [3, 3, 3]], 3, ARGS)
+    plain, adjusted = verdict.p_values(values, ARGS)
+    for draw in range(20):
+        tables = {k: dict(zip(verdict.ARMS, v[:, draw])) for k, v in enumerate(values)}
+        found = verdicts(tables, margin=ARGS.margin, alpha=ARGS.alpha).values()
+        assert [one.p for one in found] == pytest.approx(list(plain[:, draw]), rel=1e-9)
+        assert [one.p_holm for one in found] == pytest.approx(list(adjusted[:, draw]), rel=1e-9)
+
+
+def test_simulated_values_share_the_seed_and_the_dense_run():
+    values = verdict.simulate(np.random.default_rng(0), [[0, 0, 0], [1, 2, 3]], 3, ARGS)
     assert values.shape == (2, 4, 4000, 3) and np.array_equal(values[0, 0], values[1, 0])
     assert np.corrcoef(values[0, 1].ravel(), values[0, 2].ravel())[0, 1] == pytest.approx(0.8, abs=0.03)
     assert values[0].mean((1, 2)) == pytest.approx([100, 110, 110, 110], abs=0.2)
     assert (values[1, 1] - values[1, 2]).mean() == pytest.approx(-2 * math.sqrt(2), abs=0.1)
 
 
-def test_calibrate(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verdict, "CHECKED", 3)  # for time: the test above checks 20 of its draws
+def test_calibrate(tmp_path, capsys):
     out = told(capsys, "--calibrate", "--draws", "60", "--out", str(tmp_path / "new"))
     assert {p.name for p in (tmp_path / "new").iterdir()} == \
         {"power.png", *(f"verdict_calibration.{end}" for end in ("csv", "md", "json"))}
-    with open(tmp_path / "new" / "verdict_calibration.csv") as file:
+    with open(tmp_path / "new" / "verdict_calibration.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    rates = {(r["data"], r["setting or effect"], int(r["seeds"])): float(r["rate"]) for r in rows}
+    rates = {(r["data"], r["setting"], int(r["seeds"])): float(r["rate"]) for r in rows}
     assert len(rates) == len(rows) and all(0 <= v <= 1 for v in rates.values())
-    assert rates["normal", "4 inside", 10] == 1 and rates["normal", "all three", 10] < 0.1
-    facts = json.loads((tmp_path / "new" / "verdict_calibration.json").read_text())
-    assert facts["n"] == 60 and facts["command"].startswith("python -m studies.verdict --calibrate")
-    assert (tmp_path / "new" / "verdict_calibration.md").read_text().strip() == out.strip()
+    assert rates["normal", "effect 4", 10] == 1 and rates["normal", "all three", 10] < 0.1
+    facts = json.loads((tmp_path / "new" / "verdict_calibration.json").read_text("utf-8"))
+    assert facts["n"] == 60 and facts["command"].startswith("python -m checks.verdict --calibrate")
+    assert (tmp_path / "new" / "verdict_calibration.md").read_text("utf-8").strip() == out.strip()

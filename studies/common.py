@@ -1,0 +1,198 @@
+"""What studies share: their command line, finished runs, further training, figures over seeds."""
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+
+import numpy as np
+from scipy import stats
+
+import lth_diffusion as lth
+from ddpm import train
+from prune import apply_masks, blocks_of, mask_hooks, pack_masks, prunable
+from support import cli, runs
+from support.verdict import t_test
+
+SMALL = ["--rounds", "2", "--final-sparsity", "0.9"]  # the run on digits that studies make
+
+
+class Study(cli.Parser):
+    """The command line of a study: its own flags and --out; a table with provenance at the end."""
+
+    def __init__(self, name, doc):
+        super().__init__(prog=name, description=doc.split("\n")[0])
+        short = name.split(".")[-1]
+        self.add_argument("--out", default="results", type=cli.path,
+                          help=f"folder of {short}* (default: results)")
+
+    @contextlib.contextmanager
+    def arguments(self, argv=None, owned=None):
+        """The flags, for a block in which a mistake ends in one line.
+
+        owned: the flags of lth_diffusion.py that the study sets itself; where it is given, flags
+        other than the study's own are args.rest.
+        """
+        argv = sys.argv[1:] if argv is None else argv
+        self.command = " ".join([f"python -m {self.prog}", *argv])
+        self.began = time.monotonic()
+        runs.commit()
+        args, args.rest = self.parse_known_args(argv)
+        if args.rest and owned is None:
+            self.error(f"unrecognized arguments: {' '.join(args.rest)}")
+        for flag in [word.split("=")[0] for word in args.rest]:
+            if flag in owned:
+                self.error(f"argument {flag}: this study sets it itself; leave it out")
+        with cli.one_line(self):
+            runs.writable([args.out], "--out")
+            yield args
+
+    def save(self, path, header, table, device="cpu", **facts):
+        """path.csv, and path.json with where its figures come from."""
+        cells = [[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in table]
+        runs.write_table(path + ".csv", header, cells)
+        seconds = round(time.monotonic() - self.began, 1)
+        facts = runs.provenance(self.command, device, seconds=seconds, **facts)
+        runs.write_text(path + ".json", json.dumps(facts, indent=1))
+
+
+def add_run_flag(study):
+    """--from: the finished run that a study asks."""
+    study.add_argument("--from", dest="run", metavar="runs/NAME", type=cli.path,
+                       help="a finished run (default: a small one on digits)")
+
+
+def open_run(out=None, methods=False):
+    """(Experiment, {job: row}) of a finished run; without a name, of the one on digits.
+
+    Where that is not there a small one is made (minutes). methods: whether a run of another method
+    will do. OSError for a folder without a run.
+    """
+    args, parser = lth.parse_args(SMALL)
+    small, out, rounds = out is None, out or args.out, args.rounds
+    if not small or os.path.exists(os.path.join(out, "config.json")):
+        found = runs.read_config(out)
+        fits = methods or found.get("method") == "lth_diffusion.py"
+        if not fits or found.get("experiment") != "Experiment":
+            raise OSError(f"{out} was made by {found.get('method')}: name a run of "
+                          "lth_diffusion.py")
+        args = argparse.Namespace(**found["args"] | dict(out=out))
+    done = rows_of(args)
+    if small and args.rounds == rounds and len(done) < len(lth.jobs(args)):
+        return (exp := lth.run(args, parser)), exp.rows
+    if not done:
+        raise OSError(f"{out} holds no finished runs: name a folder that lth_diffusion.py wrote")
+    return lth.Experiment(args), done
+
+
+def rows_of(args):
+    """{job: row} of the training runs that are done, from their files."""
+    paths = {job: job.path(args.out) for job in lth.jobs(args)}
+    return {job: runs.load_state(path, lth.FINISHED)["row"]
+            for job, path in paths.items() if os.path.exists(path)}
+
+
+def take_dense(source, args):
+    """Take over the dense networks of another run's folder, unless they are there already."""
+    for job in lth.jobs(args) if source not in (None, args.out) else ():
+        if job.round == 0:
+            theta = lth.theta_path(source, job.seed), lth.theta_path(args.out, job.seed)
+            for old, new in ((job.path(source), job.path(args.out)), theta):
+                if os.path.exists(old) and not os.path.exists(new):
+                    with runs.atomic(new) as temporary:
+                        shutil.copyfile(old, temporary)
+
+
+def theta(exp, seed):
+    """The dense network of a finished run at step k, where tickets go back to."""
+    model = exp.new_model(seed)
+    model.load_state_dict(runs.load_state(lth.theta_path(exp.args.out, seed), ("model",))["model"])
+    return model
+
+
+def ticket_masks(exp, seed, r=None, arm="ticket"):
+    """The masks of a finished run's ticket, of its last round unless told otherwise."""
+    return exp.load(lth.Job(seed, r or exp.args.rounds, arm)).masks
+
+
+def fit(exp, name, seed, model, masks=None, /, **changed):
+    """Train a model in place as an arm of this seed is trained on from step k; return its EMA.
+
+    changed: options of ddpm.train, such as seed, the order of the data. The result is kept in the
+    run's folder, and taken from there when all that went into it is the same.
+    """
+    if masks is not None:
+        apply_masks(model, masks)
+    options = exp.options(lth.Job(seed, 0, "ticket"), label=name, start=exp.k) | changed
+    path = f"{exp.args.out}/studies/{name}.pt"
+    bits = masks and [packed.numpy().tobytes() for packed in pack_masks(masks).values()]
+    key = f"{options} {runs.weights_hash(model)} {bits and runs.digest(*bits)}"
+    if os.path.exists(path):
+        state = runs.load_state(path, ("key", "model", "ema"))
+        if state["key"] == key:
+            ema = exp.new_model(seed, **model.config)
+            ema.load_state_dict(state["ema"])
+            model.load_state_dict(state["model"])
+            return ema.eval()
+    hooks = {} if masks is None else mask_hooks(model, masks)
+    ema = train(model, exp.diffusion, exp.images, **options, **hooks)[0].model
+    runs.save_state(path, key=key, model=model.state_dict(), ema=ema.state_dict())
+    return ema
+
+
+def check_rounds(rounds, jobs):
+    """Mistake when --rounds, as studies have it, names one that no job is of."""
+    there = sorted({job.round for job in jobs})
+    if absent := sorted(set(rounds) - set(there)):
+        cli.refuse("rounds", f"no runs of round {absent[0]}, but of {there}")
+
+
+# --------------------------------------------------------------------------- figures over seeds
+
+def over_seeds(values, alpha=0.05):
+    """(mean, low, high) at 1 - 2 alpha of one value per seed; no interval below three seeds."""
+    values = np.array(values, float)
+    if len(values) < 3:
+        return float(values.mean()), None, None
+    return t_test(values, alpha)[1]
+
+
+def deviation(values):
+    """Standard deviation over seeds; None of one."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def slope(values):
+    """(slope, its standard error) of a straight line through values in the order of the blocks,
+    from place 0, the first, to 1, the last; NaN is left out."""
+    place, values = np.linspace(0, 1, len(values)), np.array(values, float)
+    known = np.isfinite(values)
+    if known.sum() < 3:
+        return math.nan, math.nan
+    line = stats.linregress(place[known], values[known])
+    return float(line.slope), float(line.stderr)
+
+
+# --------------------------------------------------------------------------- figures of masks
+
+def overlap(a, b):
+    """(IoU of two masks over the layers of `a`, that of random masks of the same densities)."""
+    both, by_chance, either = 0, 0.0, 0
+    for name, mask in a.items():
+        live, others = int(mask.sum()), int(b[name].sum())
+        both, either = both + int((mask & b[name]).sum()), either + live + others
+        by_chance += live * others / mask.numel()
+    return both / (either - both), by_chance / (either - by_chance)
+
+
+def density_by_block(model, live):
+    """{residual block: live weights over all} from {layer: live weights}, of this model or of what
+    is left of it when its channels have been cut."""
+    left, size, weights = {}, {}, prunable(model)
+    for name, block in blocks_of(model).items():
+        left[block] = left.get(block, 0) + live[name]
+        size[block] = size.get(block, 0) + weights[name].numel()
+    return {block: left[block] / size[block] for block in size}

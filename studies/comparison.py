@@ -1,0 +1,225 @@
+"""Which way to find a ticket is worth its cost? Methods at equal density and at equal total cost.
+
+    python -m studies.comparison                              # digits, one seed: an hour
+    python -m studies.comparison --only oneshot random rigl   # some of the methods, and imp
+    python -m studies.comparison --dataset mnist --rounds 13 --control-rounds 7 10 13 \\
+        --more-seeds 1 2
+
+Other flags go to lth_diffusion.py. Each method has a folder of its own and goes on where it
+stopped; methods that go back to the same step share their dense networks. At equal density, a
+method that iterates has trained many times as long as one that cuts once. Therefore oneshot, random
+and rigl are run a second time, with as many steps as bring their total to that of `imp` at its last
+round ('equal cost').
+
+What would change our mind about iterating: a method of one cut that is as good at the same total
+cost.
+"""
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module:  python -m studies.comparison")
+
+import argparse
+import os
+
+import numpy as np
+
+import lth_diffusion as lth
+from methods import (channels, cka, magnitude_init, oneshot,
+                     random_pruning, rigl, rst, taylor)
+from studies.common import SMALL, Study, deviation, rows_of, take_dense
+from support import charts, cli, runs
+
+ITERATE = {  # name -> (module, its flags); the first is what the others are compared with
+    "imp": (lth, "--controls reinit random small"),
+    "imp-layer": (lth, "--scope layer"),
+    "imp-ramp": (lth, "--scope ramp"),
+    "imp-erk": (lth, "--scope erk"),
+    "imp-cka": (cka, ""),
+    "imp-taylor": (taylor, ""),
+    "channels": (channels, ""),
+}
+ONCE = {  # one cut of the trained network
+    "oneshot": (oneshot, ""),
+    "oneshot-taylor": (taylor, "--oneshot"),
+}
+EARLY = {  # chosen before training, trained from step 0
+    "magnitude-init": (magnitude_init, ""),
+    "random": (random_pruning, ""),
+    "rigl": (rigl, ""),
+    "set": (rigl, "--grow random"),
+    "rst": (rst, ""),
+}
+METHODS = ITERATE | ONCE | EARLY
+LONGER = ("oneshot", "random", "rigl")  # run again, at the total cost of imp
+LONG = ", equal cost"
+STEPS = "train_steps_total"  # to find the ticket and to train it
+MEANS = ["fid_domain", "over_dense", "val_loss", "train_macs_total",
+         "macs_live", "seconds_per_1000"]
+HEADER = ["method", "round", "pruned", "live_weights", STEPS, "seeds",
+          "fid_domain", "sd", *MEANS[1:]]
+RUNS = ["seed", "round", "arm", "sparsity", "live_weights", "fid_domain",
+        "val_loss", STEPS, "train_macs_total"]
+
+
+# --------------------------------------------------------------------------- the runs
+
+def flags_of(name, args, seeds, ending=""):
+    """The flags of a method's run that lth_diffusion.py knows too."""
+    out = os.path.join(args.runs, name + ending)
+    rewind = ["--rewind", "0"] if name in EARLY else []
+    return [*args.rest, "--controls", *rewind, "--out", out,
+            "--seeds", *map(str, seeds)]
+
+
+def run(name, flags, done):
+    """Do a method's run, on the dense networks that are there already; return its rows.
+
+    done: {(steps, k): the folders of the runs so far}.
+    """
+    module, own = METHODS[name]
+    args, _ = lth.parse_args(flags)
+    before = done.setdefault((args.steps, lth.rewind_step(args)), [])
+    for source in before:
+        take_dense(source, args)
+    before.append(args.out)
+    module.main([*flags, *own.split()])
+    config = runs.read_config(args.out)["args"]  # with the seeds of earlier commands
+    return list(rows_of(argparse.Namespace(**config)).values())
+
+
+def compare(args, common):
+    """{name: rows} of every method's run, and of those at the total cost of imp."""
+    names, found, done = cli.once(["imp", *args.only]), {}, {}
+    if "rst" in names and rst.SHARE * common.steps < 20:
+        cli.refuse("steps", f"{common.steps} are too few for rst, which needs 40")
+    for name in names:
+        seeds = common.seeds + args.more_seeds * (name not in ITERATE)
+        found[name] = run(name, flags_of(name, args, seeds), done)
+    total = max(row[STEPS] for row in found["imp"] if row["arm"] == "ticket")
+    for name in (name for name in LONGER if name in names):
+        # the ticket alone, or the dense network and then the ticket from step k
+        trainings = 1 if name in EARLY else 2 - common.rewind
+        flags = flags_of(name, args, common.seeds, "-longer")
+        flags += ["--steps", str(round(total / trainings))]
+        flags += ["--control-rounds", str(common.rounds)]
+        found[name + LONG] = run(name, flags, done)
+    return found
+
+
+# --------------------------------------------------------------------------- the table
+
+def label_of(name, row):
+    """What a row of a method's run is called; None for what the table leaves out."""
+    if row["arm"] == "ticket":
+        return name
+    if row["arm"] == "dense":
+        if LONG not in name:
+            return "dense"
+        # of as many steps as imp took in all, where the ticket alone takes them too
+        return "dense" + LONG if name.removesuffix(LONG) in EARLY else None
+    return None if row["arm"] == "twin" else f"{name}, {row['arm']}"
+
+
+def summarise(found):
+    """Dicts of HEADER from {name: rows of a run}: means over seeds by method, arm and round.
+
+    A dense network that several methods share counts once. over_dense: fid_domain less that of
+    the same seed's dense network, trained for as many steps.
+    """
+    groups = {}
+    for name, rows in found.items():
+        dense = {row["seed"]: row["fid_domain"] for row in rows
+                 if row["arm"] == "dense"}
+        for row in rows:
+            if label := label_of(name, row):
+                over = row["fid_domain"] - dense[row["seed"]]
+                group = groups.setdefault((label, row["round"]), {})
+                group.setdefault(row["seed"], row | dict(over_dense=over))
+    for (label, number), group in groups.items():
+        rows, line = list(group.values()), dict.fromkeys(HEADER)
+        for name in MEANS:
+            values = [row[name] for row in rows]
+            line[name] = float(np.mean(values))
+            if name == "fid_domain":
+                line["sd"] = deviation(values)
+        pruned = f"{100 * rows[0]['sparsity']:.1f} %"
+        line |= dict(method=label, round=number, pruned=pruned, seeds=len(rows))
+        for name in ("live_weights", STEPS):  # of the first seed
+            line[name] = rows[0][name]
+        yield line
+
+
+def columns_of(line, last):
+    """The columns of the heat map that a line of the table fills: rounds, or LONG."""
+    if line["method"].endswith(LONG):
+        return [LONG]
+    if line["round"] == 0:  # never pruned: one value for all rounds
+        return range(1, last["round"] + 1)
+    iterated = line["method"] in ITERATE and line["round"] == last["round"]
+    at_cost = iterated and line[STEPS] == last[STEPS]
+    return [line["round"]] + [LONG] * at_cost
+
+
+def draw(table, number, path, note):
+    """fid_domain of every method by round and at equal cost, the best of one round at the top."""
+    imp = {line["round"]: line for line in table if line["method"] == "imp"}
+    last, cells, names = imp[max(imp)], {}, {}
+    for line in table:
+        name = line["method"].removesuffix(LONG)
+        for column in columns_of(line, last):
+            cells.setdefault(name, {})[column] = line["fid_domain"]
+            if column != LONG:
+                other = line["pruned"] != imp[column]["pruned"]
+                pruned = f" ({line['pruned']})" * other
+                names[name] = f"{name}{pruned}, n={line['seeds']}"
+    order = sorted(cells, key=lambda name: cells[name].get(number, np.inf))
+    matrix = [[cells[name].get(column) for column in [*imp, LONG]]
+              for name in order]
+    titles = [*(line["pruned"] for line in imp.values()), "equal\ncost"]
+    charts.heat_map(matrix, [names[name] for name in order], titles, path,
+                    "Every way to find a ticket: fid_domain", note, log=True,
+                    x_label="weights pruned", bar_label="lower is better")
+
+
+def report(study, path, common, found):
+    """Save the tables, draw, print what came out."""
+    table = list(summarise(found))
+    cells = [list(line.values()) for line in table]
+    facts = dict(device=cli.pick_device(common.device)[0], n=common.samples,
+                 seeds=common.seeds, flags=vars(common))
+    study.save(path, HEADER, cells, **facts)
+    every = []
+    for name, rows in found.items():
+        every += [[name, *(row[column] for column in RUNS)] for row in rows]
+    study.save(path + "_runs", ["method", *RUNS], every, **facts)
+    note = (f"{common.dataset}, {common.steps:,} steps of {common.batch} images "
+            f"per training run; FID from {common.samples:,} samples; n: seeds. "
+            "(%): pruned in the end, where that is not what imp has. Equal cost: "
+            f"as many steps in all as imp took, n={len(common.seeds)}.")
+    draw(table, common.control_rounds[-1], path + ".png", note)
+    print(f"\n{charts.text_table(HEADER, cells)}\n\n{note}\n{path}.csv, .json, .png")
+
+
+def main(argv=None):
+    """The command line; other flags go to lth_diffusion.py."""
+    study = Study("studies.comparison", __doc__)
+    add = study.add_argument
+    add("--only", nargs="+", choices=METHODS, metavar="METHOD",
+        default=list(METHODS), help=f"some of {', '.join(METHODS)}; imp is run too")
+    add("--more-seeds", nargs="+", type=cli.seed_number, default=[],
+        metavar="S", help="more seeds for the methods that do not iterate")
+    add("--runs", type=cli.path,
+        help="folder of the runs (default: runs/comparison_DATASET)")
+    with study.arguments(argv, ["--scope", "--controls"]) as args:
+        if not any(flag.startswith("--rounds") for flag in args.rest):
+            args.rest = [*SMALL, "--control-rounds", "1", "2", *args.rest]
+        common, _ = lth.parse_args(args.rest)  # a mistake in them ends here
+        if set(common.seeds) & set(args.more_seeds):
+            cli.refuse("more-seeds", "name none that --seeds names")
+        args.runs = args.runs or f"runs/comparison_{common.dataset}"
+        runs.writable([args.runs], "--runs")
+        path = os.path.join(args.out, f"comparison_{common.dataset}")
+        report(study, path, common, compare(args, common))
+
+
+if __name__ == "__main__":
+    main()

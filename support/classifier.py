@@ -1,0 +1,77 @@
+"""The domain classifier: a small CNN whose features know digits, where Inception knows dogs.
+
+    model = load("mnist")       # results/classifiers/mnist.pt; a data set without a file is trained
+"""
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from support import runs
+
+
+class DomainClassifier(nn.Module):
+    """Small CNN, x uint8 [N, C, 25..32, 25..32] -> (features [N, 64], logits [N, K]): it knows
+    digits, where Inception knows dogs."""
+
+    def __init__(self, channels=1, classes=10, width=64):
+        super().__init__()
+        layers, sizes = [], ((channels, 24, 5, 2, 2), (24, 48, 3, 2, 1), (48, 64, 3, 2, 1))
+        for inp, out, *how in sizes:  # (N, 24, 14, 14), (N, 48, 7, 7), (N, 64, 4, 4)
+            layers += nn.Conv2d(inp, out, *how, bias=False), nn.BatchNorm2d(out), nn.ReLU()
+        layers += nn.Flatten(), nn.Linear(1024, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()
+        self.body = nn.Sequential(*layers)  # normed at the end: no dead features
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        feats = self.body(x.float() / 127.5 - 1)  # (N, 64)
+        return feats, self.head(feats)
+
+
+def train(images, labels, seed=0, steps=1000, batch=128, lr=3e-3, device="cpu"):
+    """DomainClassifier trained on images uint8 [N, C, H, W], labels int64 [N]; eval mode, CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+        torch.manual_seed(seed)
+        model = DomainClassifier(images.shape[1], int(labels.max()) + 1).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
+    for _ in tqdm(range(steps), "domain classifier", leave=False, delay=2, disable=None):
+        pick = torch.randint(len(images), (batch,), generator=generator)
+        shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+        x = torch.roll(images[pick], shift, (2, 3)).to(device)  # up to 2 pixels, all together
+        loss = F.cross_entropy(model(x)[1], labels[pick].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.cpu().half().float().eval()  # rounded as in its file, so that both are equal
+
+
+def half_state(model):
+    """A model's state with floats as float16: about 220 kB for a DomainClassifier."""
+    state = model.state_dict()
+    return {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def load(dataset, images=None, labels=None, cache=None, **options):
+    """DomainClassifier of a data set: results/classifiers/{dataset}.pt, else a cached one, else
+    train(images, labels, **options), cached. OSError naming a damaged file; ValueError
+    without file and images. Scores compare where weights_hash(model) agrees."""
+    def make(state):
+        width, channels = state["head.weight"].shape[1], state["body.0.weight"].shape[1]
+        return DomainClassifier(channels, len(state["head.bias"]), width)
+
+    path = os.path.join(runs.HERE, "results", "classifiers", f"{dataset}.pt")
+    if os.path.exists(path):
+        return runs.load_weights(path, make, f"restore it with  git checkout -- {path}")
+    if images is None or labels is None:
+        raise ValueError(f"no {path}: pass the training images and labels of {dataset}")
+    how = "".join(f"-{k}{v}" for k, v in sorted(options.items()) if k != "device")
+    state = runs.cached(f"classifier-{dataset}-{runs.images_hash(images)}{how}.pt",
+                   lambda: half_state(train(images, labels, **options)), cache)
+    model = make(state)
+    model.load_state_dict(state)
+    return model.eval()

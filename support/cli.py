@@ -1,0 +1,311 @@
+"""Command lines: flags and their defaults, mistakes in one line, which device and precision to use.
+
+Imports no torch until a device is asked for, so that `--help` and a mistyped flag answer at once.
+"""
+import argparse
+import contextlib
+import math
+import os
+import sys
+
+DATASETS = {  # name -> ((channels, height, width), number of classes)
+    "digits": ((1, 28, 28), 10),
+    "mnist": ((1, 28, 28), 10),
+    "fashion": ((1, 28, 28), 10),
+    "cifar10": ((3, 32, 32), 10),
+    "cifar100": ((3, 32, 32), 100),
+}
+
+# What each data set is trained with unless flags say otherwise, sized for two CPU cores.
+# In the few steps of digits a short memory of Adam (beta2) halves fid_domain, 11.9 to 4.9, and
+# the ancestral sampler takes off a sixth of it (one seed, n=250). MNIST: studies/budget.py.
+USUAL = dict(batch=32, lr=4e-3, beta2=0.999, ema=0.995, sampler="ddim", samples=1000)
+CIFAR = USUAL | dict(preset="cifar", steps=4000, batch=64, lr=1e-3, ema=0.999)
+DEFAULTS = {
+    "digits": dict(preset="tiny", steps=560, batch=32, lr=9e-3, beta2=0.95, ema=0.99,
+                   sampler="ddpm", samples=250),
+    "mnist": USUAL | dict(preset="mnist", steps=2000, beta2=0.95, sampler="ddpm"),
+    "fashion": USUAL | dict(preset="mnist", steps=2000),
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+}
+
+
+class Mistake(ValueError):
+    """Something a user typed or named that cannot work: shown in one line, with exit code 2."""
+
+
+class OutOfMemory(RuntimeError):
+    """A phase of the run that did not fit into memory; the message names its flag."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, without the usage text; takes whole flag names only."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (flags: --help)\n")
+
+
+@contextlib.contextmanager
+def one_line(parser, out=None):
+    """End whatever a user can mend in one line and an exit code.
+
+    2: a mistake. 1: a run that diverged or did not fit into memory. 130: Ctrl-C.
+    out: the folder that keeps finished work, for a run that can be resumed.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a character must not end a run
+        sys.stdout.reconfigure(errors="replace")
+    kept = f" Finished work is kept in {out}." if out else ""
+    try:
+        yield
+    except (OSError, Mistake) as error:
+        parser.error(str(error))
+    except (FloatingPointError, OutOfMemory) as error:
+        parser.exit(1, f"{error}.{kept}\n")
+    except KeyboardInterrupt:
+        again = " The same command goes on from here." if out else ""
+        parser.exit(130, f"\nstopped.{kept}{again}\n")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "lower --batch or --samples, or choose a smaller --preset"
+        parser.exit(1, f"out of memory ({first_line(error)}): {hint}.{kept}\n")
+
+
+def first_line(error):
+    """The first line of an error's message, at most 160 characters."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def is_out_of_memory(error):
+    """Whether an error says that memory ran out, whichever library raised it."""
+    words = "out of memory", "can't allocate memory", "not enough memory", "Unable to allocate"
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def memory_for(phase, flags):
+    """Turn running out of memory in this block into OutOfMemory that names the phase's flags."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+        raise OutOfMemory(f"out of memory while {phase} ({reason}): {flags}") from error
+
+
+def training_memory():
+    """memory_for a training run."""
+    return memory_for("training", "lower --batch, or choose a smaller --preset")
+
+
+def sampling_memory():
+    """memory_for drawing samples."""
+    return memory_for("sampling", "lower --samples, or choose a smaller --preset")
+
+
+def refuse(flag, why):
+    """Raise the Mistake that names a flag."""
+    raise Mistake(f"argument --{flag}: {why}")
+
+
+def physical_memory():
+    """Bytes of memory this machine has, or infinity where it does not say."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
+
+
+# --------------------------------------------------------------------------- types of flags
+
+def checked(kind, fits, what):
+    """A flag type for argparse: kind(text), where that exists and fits."""
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+    return convert
+
+
+positive_int = checked(int, lambda n: n >= 1, "a positive whole number")
+positive_float = checked(float, lambda x: 0 < x < math.inf, "a positive number")
+fraction = checked(float, lambda x: 0 <= x < 1, "in [0, 1)")
+# Above 999 the seeds of masks and of batches would meet.
+seed_number = checked(int, lambda n: 0 <= n <= 999, "a whole number from 0 to 999")
+# With 600 evaluations the chain would begin at t = 599.
+evaluations = checked(int, lambda n: 1 <= n <= 1000 and 1000 // n * n >= 950,
+                      "a number that 1000 steps can be spread over: choose a divisor of 1000")
+
+
+def path(text):
+    """A path as users write it: ~ and $VARIABLES are expanded."""
+    return os.path.expandvars(os.path.expanduser(text))
+
+
+def once(values):
+    """The values of a list flag, each once, in the order given."""
+    return list(dict.fromkeys(values))
+
+
+# --------------------------------------------------------------------------- shared flags
+
+def add_data_flags(parser):
+    """Where data comes from and what computes."""
+    parser.add_argument("--data-dir", type=path, default=os.environ.get("LTH_DATA", "data"),
+                        help="folder of the data sets (default: $LTH_DATA or data)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+
+
+def add_training_flags(parser, presets):
+    """What is trained, on what, for how long; None stands for the data set's default."""
+    add = parser.add_argument
+    add("--dataset", choices=list(DATASETS), default="digits",
+        help="default: digits, which are drawn on the spot")
+    add("--preset", choices=list(presets), help="which U-Net (default: by data set)")
+    add("--steps", type=positive_int, help="training steps of a dense run")
+    add("--batch", type=positive_int, help="images per step")
+    add("--lr", type=positive_float, help="peak learning rate")
+    add("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine",
+        help="after the warm-up (default: cosine)")
+    add("--optimizer", choices=["adam", "sgd"], default="adam", help="default: adam")
+    add("--beta2", type=fraction, help="decay of Adam's second moment")
+    add("--ema", type=fraction, help="decay of the averaged weights, which are sampled")
+    add("--schedule", choices=["linear", "cosine"], default="linear",
+        help="noise schedule (default: linear)")
+    add("--prediction", choices=["eps", "v"], default="eps",
+        help="what the network predicts (default: eps)")
+    add("--samples", type=positive_int, metavar="N", help="images drawn per measurement")
+    add("--sampler", choices=["ddpm", "ddim", "dpm"], help="default: ddim; digits, mnist: ddpm")
+    add("--nfe", type=evaluations, default=50,
+        help="network evaluations per sample (default: 50)")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="auto: bf16 where the hardware has units for it")
+    add("--out", type=path, help="folder of the results (default: runs/...)")
+    add_data_flags(parser)
+
+
+def add_pruning_flags(parser, controls):
+    """How tickets are found, what they are compared with, and how often."""
+    add = parser.add_argument
+    add("--rounds", type=positive_int, default=10, help="prune-and-retrain rounds (default: 10)")
+    add("--prune-rate", type=fraction,
+        help="share of the live weights pruned per round (default: 0.2)")
+    add("--final-sparsity", type=fraction,
+        help="choose the rate instead so that the last round ends here")
+    add("--scope", choices=["global", "layer", "ramp", "erk"], default="global",
+        help="rank over the network, in each layer, or with layer rates by depth or shape")
+    add("--controls", nargs="*", choices=controls, default=["reinit", "random"],
+        help="what tickets are compared with (default: reinit random)")
+    add("--control-rounds", nargs="+", type=positive_int, metavar="R",
+        help="rounds that have controls (default: the last)")
+    add("--rewind", type=fraction, default=0.05,
+        help="go back to this share of the steps; 0: the original hypothesis (default: 0.05)")
+    add("--inception", metavar="PATH", type=path,
+        help="the FID checkpoint, if not in the data folder")
+    add("--seeds", nargs="+", type=seed_number, default=[0],
+        help="three or more give a verdict (default: 0)")
+
+
+def complete(args, name=""):
+    """Check and complete the flags of a pruning run; name: of a method, for its folder."""
+    fill_defaults(args)
+    if args.final_sparsity is not None:
+        if args.prune_rate is not None:
+            refuse("prune-rate", "--final-sparsity sets it; give one of them")
+        args.prune_rate = 1 - (1 - args.final_sparsity) ** (1 / args.rounds)
+    elif args.prune_rate is None:
+        args.prune_rate = 0.2  # Frankle and Carbin 2019, 1803.03635, section 3
+    if args.prune_rate <= 0:
+        refuse("prune-rate", "0 prunes nothing")
+    args.seeds, args.controls = once(args.seeds), once(args.controls)
+    args.control_rounds = sorted(set(args.control_rounds or [args.rounds]))
+    if args.control_rounds[-1] > args.rounds:
+        refuse("control-rounds", f"{args.control_rounds[-1]} is beyond --rounds {args.rounds}")
+    if round(args.rewind * args.steps) >= args.steps:
+        refuse("rewind", f"{args.rewind} of {args.steps} steps leaves none to train")
+    if args.samples < 4:
+        refuse("samples", "precision and recall, by 3 neighbours, need 4 at least")
+    args.out = args.out or f"runs/{args.dataset}{name}"
+    check_memory(args)
+
+
+def fill_defaults(args):
+    """Replace every None that DEFAULTS knows by the data set's value."""
+    for name, value in DEFAULTS[args.dataset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def training_options(args):
+    """Keyword arguments of ddpm.train that flags decide."""
+    return dict(steps=args.steps, batch=args.batch, lr=args.lr, lr_schedule=args.lr_schedule,
+                optimizer=args.optimizer, beta2=args.beta2, ema_decay=args.ema,
+                flip=args.dataset.startswith("cifar"), precision=args.precision,
+                warmup=max(1, args.steps // 20))
+
+
+def check_memory(args):
+    """Mistake for a batch or samples whose pixels alone exceed this machine's memory."""
+    pixels, memory = math.prod(DATASETS[args.dataset][0]), physical_memory()
+    # float32 noise and uint8 result of each sample; float32 x_0, noise and x_t of each image
+    for flag, count, size in ("samples", args.samples, 5), ("batch", args.batch, 12):
+        if count * pixels * size > memory:
+            need = count * pixels * size / 2**30
+            refuse(flag, f"{count:,} images of {pixels} values need {need:,.0f} GiB, this machine "
+                   f"has {memory / 2**30:,.0f}")
+
+
+# --------------------------------------------------------------------------- the machine
+
+def pick_device(name):
+    """(torch.device, reason). Mistake when the device asked for does not exist here."""
+    import torch
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        kind = next(kind for kind, is_there in there.items() if is_there)
+        n = torch.get_num_threads()
+        threads = f"{n} thread{'s' * (n > 1)}"
+        found = torch.cuda.get_device_name() if kind == "cuda" else threads
+        return torch.device(kind), f"best available: {found}"
+    if not there.get(name.split(":")[0]):
+        found = ", ".join(kind for kind, is_there in there.items() if is_there)
+        raise Mistake(f"argument --device: {name} is not here; this machine has {found}")
+    try:
+        torch.empty(0, device=name)
+    except RuntimeError as error:  # cuda:9 of two
+        raise Mistake(f"argument --device: {name}: {first_line(error)}") from error
+    return torch.device(name), "as asked"
+
+
+def settle_device(args):
+    """Set args.precision to what will be used; return {"device": both, with the reasons}."""
+    device, why = pick_device(args.device)
+    args.precision, why_precision = pick_precision(args.precision, device)
+    return dict(device=f"{device} ({why}), {args.precision} ({why_precision})")
+
+
+def cpu_capabilities():
+    """What torch knows of this CPU; older versions (2.6) do not say, which counts as nothing."""
+    import torch
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def pick_precision(name, device):
+    """("fp32" or "bf16", reason); auto takes bf16 where the hardware multiplies matrices in it."""
+    import torch
+    if name != "auto":
+        return name, "as asked"
+    if device.type == "cuda":
+        has = torch.cuda.get_device_capability(device) >= (8, 0)
+        return ("bf16", "this GPU has bf16 units") if has else ("fp32", "no bf16 units here")
+    if device.type == "cpu":
+        known = cpu_capabilities()
+        has = [unit for unit in ("amx_bf16", "avx512_bf16") if known.get(unit)]
+        return ("bf16", f"this CPU has {has[0]}") if has else ("fp32", "no bf16 units found")
+    return "fp32", f"{device.type} trains in fp32 here"

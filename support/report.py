@@ -1,0 +1,293 @@
+"""What a run prints and draws, from its rows, samples and losses."""
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+
+from support import charts, cli, ranks, runs
+from support.verdict import verdicts
+
+COLUMNS = """seed round arm sparsity live_weights total_weights fid_domain precision_domain
+    recall_domain fid kid kid_error inception_score precision recall n_samples val_loss train_loss
+    steps train_steps_total train_macs_total macs_dense macs_live ticket_bytes train_seconds
+    seconds_per_1000 train_memory sample_memory""".split()
+# column -> its name in the table at the end
+QUALITY = dict(fid_domain="fid_domain", precision_domain="prec.", recall_domain="recall",
+               fid="fid", kid="kid", inception_score="IS", precision="prec. (I)",
+               recall="recall (I)")
+FROM_START = "dense", "reinit", "small"  # arms that train from step 0
+FORMS = dict(val_loss="{:.4f}", kid="{:.4f}")
+ARMS = dict(twin="dense, rewound (twin)", ticket="ticket", reinit="reinit (same mask, new init)",
+            random="random mask", finetune="fine-tuned", small="narrower, dense",
+            transform="transformed, not pruned", probe="other data order")
+
+
+def clock(seconds):
+    """45 s, 3 min, 1 h 05 min."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+
+
+SAME = "method", "experiment", "data_hash", "classifier_hash"  # of all that one folder holds
+
+
+def write_config(exp, method, margin):
+    """config.json: the flags, and where the figures come from."""
+    a = exp.args
+    facts = runs.provenance(
+        " ".join(sys.argv), exp.device, precision=a.precision, method=method, margin=margin,
+        ranks=ranks.ranks()[1], experiment=type(exp).__name__, primary_metric="fid_domain",
+        reference=exp.reference, reference_n=len(exp.real), **exp.hashes)
+    runs.write_config(a, facts, SAME)
+
+
+def announce(exp, done, reasons):
+    """Print device, data, network and plan, and how long it will take here."""
+    a, n, model = exp.args, len(exp.real), exp.new_model(0)
+    left = seconds_of(exp, [job for job in exp.planned if job not in done])
+    sparsity = 100 * (1 - (1 - a.prune_rate) ** a.rounds)
+    lines = reasons | dict(
+        data=f"{a.dataset}: {len(exp.images):,} training and {len(exp.test):,} test images; domain "
+             f"classifier {exp.hashes['classifier_hash']}",
+        real=f"fid_domain of {n:,} real test images: {exp.reference['fid_domain']:.2f}",
+        fid=exp.why_inception,
+        model=f"U-Net {a.preset}: {sum(p.numel() for p in model.parameters()):,} parameters",
+        plan=f"seed{'s' * (len(a.seeds) > 1)} {', '.join(map(str, a.seeds))}; {a.rounds} rounds "
+             f"of {100 * a.prune_rate:.1f} %, to {sparsity:.1f} % sparsity; {a.scope} ranking; "
+             f"back to step {exp.k:,} of {a.steps:,}",
+        jobs=f"{len(exp.planned)} training runs, {len(done)} of them done"
+             + (f"; about {clock(left)} to go here" if left else ""))
+    for name, text in lines.items():
+        print(f"{name:<8} {text}", flush=True)
+
+
+def progress(exp, job):
+    """Log a finished training run: its row, the table so far, one line on the screen."""
+    if not ranks.first():
+        return
+    row, planned = exp.rows[job], exp.planned
+    runs.append_line(os.path.join(exp.args.out, "log.jsonl"), row)
+    write_results(exp.args.out, planned, exp.rows)
+    left = [other for other in planned if other not in exp.rows]
+    togo = f" | about {clock(seconds_of(exp, left))} to go" if left and exp.cost[0] else ""
+    number = f"{len(planned) - len(left)}/{len(planned)}"
+    print(f"[{number}] {job}: {100 * row['sparsity']:.1f} % pruned, {row['live_weights']:,} "
+          f"live | fid_domain {row['fid_domain']:.2f} "
+          f"(n={row['n_samples']:,} samples) | val_loss {row['val_loss']:.4f} | train "
+          f"{row['train_seconds']:.0f} s{togo}", flush=True)
+
+
+def write_results(out, planned, rows):
+    """results.csv, one line per training run, in the order of the plan."""
+    table = [[rows[job].get(name) for name in COLUMNS] for job in planned if job in rows]
+    runs.write_table(os.path.join(out, "results.csv"), COLUMNS, table)
+
+
+def summarise(rows, reference, n):
+    """(header, table): mean and standard deviation over seeds by round and arm; real images."""
+    shown, groups = [name for name in QUALITY if name in reference] + ["val_loss"], {}
+    for row in rows.values():
+        groups.setdefault((row["round"], row["arm"]), []).append(row)
+    table = []
+    for (number, arm), group in groups.items():
+        one = group[0]
+        line = [number, arm, f"{100 * one['sparsity']:.1f} %", f"{one['live_weights']:,}",
+                len(group), *(spread(group, name) for name in shown)]
+        seconds = (np.mean([row[name] for row in group])
+                   for name in ("train_seconds", "seconds_per_1000"))
+        table.append([*line, f"{one['macs_live'] / 1e6:.1f}", f"{one['ticket_bytes'] / 1e3:,.0f}",
+                      *(f"{value:.{digits}f}" for value, digits in zip(seconds, (0, 1)))])
+    header = ["round", "arm", "pruned", "live weights", "seeds",
+              *(QUALITY.get(name, name) for name in shown), "live MMACs", "ticket kB", "train s",
+              "s/1000"]
+    scores = [FORMS.get(name, "{:.2f}").format(reference[name]) if name in reference else ""
+              for name in shown]
+    return header, [*table, ["", "real images", f"n={n:,}", "", "", *scores, *[""] * 4]]
+
+
+def spread(group, name):
+    """Mean, and standard deviation where there are several seeds, of a column."""
+    values, form = [row.get(name, np.nan) for row in group], FORMS.get(name, "{:.2f}")
+    deviation = f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else ""
+    return form.format(np.mean(values)) + deviation
+
+
+def arms_of(rows, number, metric="fid_domain"):
+    """{"dense", "ticket", "reinit", "random": {seed: value}} at a round: what a verdict needs."""
+    arms = dict(dense=0, ticket=number, reinit=number, random=number)
+    return {arm: {job.seed: row[metric] for job, row in rows.items()
+                  if (job.round, job.arm) == (its_round, arm)} for arm, its_round in arms.items()}
+
+
+def conclude(args, rows, found, reference):
+    """One sentence per control round: the figures and the verdict; found: {round: Verdict}."""
+    said = []
+    for number, verdict in found.items():
+        means = {arm: np.mean(list(values.values()))
+                 for arm, values in arms_of(rows, number).items() if values}
+        if len(means) == 4:
+            pruned = next(row["sparsity"] for job, row in rows.items()
+                          if (job.round, job.arm) == (number, "ticket"))
+            figures = ", ".join(f"{arm} {value:.1f}" for arm, value in means.items())
+            said.append(f"At {100 * pruned:.1f} % sparsity fid_domain is {figures} (real images "
+                        f"{reference['fid_domain']:.1f}); {verdict}.")
+    if args.samples < 10_000:
+        said.append(f"FID from {args.samples:,} samples: not comparable with papers, only within "
+                    "this table.")
+    return "\n".join(said)
+
+
+def write_table(exp, margin):
+    """Write results.csv and table.md; print the table and the verdict at this margin."""
+    a, n, rows = exp.args, len(exp.real), {job: exp.rows[job] for job in exp.planned}
+    compared = a.control_rounds if {"reinit", "random"} <= set(a.controls) else ()
+    found = verdicts({r: arms_of(rows, r) for r in compared}, margin=margin)
+    write_results(a.out, exp.planned, rows)
+    header, table = summarise(rows, exp.reference, n)
+    said = conclude(a, rows, found, exp.reference)
+    markdown = charts.markdown_table(header, table)
+    runs.write_text(os.path.join(a.out, "table.md"), f"{markdown}\n\n{said}")
+    print(f"\n{charts.text_table(header, table)}\n\n{said}\n\nPictures and tables: {a.out}/")
+
+
+# --------------------------------------------------------------------------- one dense DDPM
+
+def train_alone(args, guard, model, diffusion, images, train, draw_samples):
+    """The job of ddpm.py: train, save, draw. A finished model.pt is not trained again."""
+    (rank, world), device = ranks.ranks(), cli.pick_device(args.device)[0]
+    path, partial = f"{args.out}/model.pt", f"{args.out}/model.partial.pt"
+    model = model.to(device)
+    if rank == 0:
+        runs.write_config(args, runs.provenance("ddpm.py", device))
+    if not os.path.exists(path):
+        with runs.resumable(partial, guard) as (state, seconds), cli.training_memory():
+            ema, losses = train(model, diffusion, images.to(device), seed=args.seed, state=state,
+                                checkpoint=guard, rank=rank, world=world,
+                                **cli.training_options(args))
+        runs.save_state(path, config=model.config, model=model.state_dict(), losses=losses,
+                        ema=ema.model.state_dict(), args=vars(args))
+        runs.remove(partial)
+        print(f"trained {args.steps} steps in {seconds():.0f} s, loss {losses[-1][1]:.4f}: {path}")
+    ranks.wait_for_all()
+    model.load_state_dict(runs.load_state(path, ["ema"])["ema"])
+    x_T = torch.randn(args.samples, *images.shape[1:],
+                      generator=torch.Generator().manual_seed(args.seed))
+    with cli.sampling_memory():
+        drawn = draw_samples(model, diffusion, x_T, args.precision, args.sampler, args.nfe,
+                             share=ranks.share)
+    if rank == 0:
+        charts.save_grid(drawn, f"{args.out}/samples.png")
+    print(f"drew {len(drawn)} images: {args.out}/samples.png")
+
+
+def measure_speed(exp, model, train, predict, batch=256, repeats=5):
+    """Median seconds (per training step, per network evaluation of one image) on this machine."""
+    marks, device = [], exp.device
+    x, t = exp.x_T(batch).to(device), torch.zeros(batch, dtype=torch.int64, device=device)
+    sampling = runs.seconds_in_turns([lambda: predict(x, t)], 3, device=device)
+    options = cli.training_options(exp.args) | dict(steps=repeats + 2, lr=0.0, label="timing")
+    train(model, exp.diffusion, exp.images, **options,  # rate 0: it cannot diverge
+          after_step=lambda *_: marks.append(time.monotonic()))
+    return float(np.median(np.diff(marks)[1:])), float(np.median(sampling)) / batch
+
+
+def seconds_of(exp, jobs):
+    """How long training runs take in all, by exp.cost, what measure_speed returned."""
+    a, (step, evaluation), total = exp.args, exp.cost, 0.0
+    for job in jobs:
+        steps = a.steps - (0 if job.arm in FROM_START else exp.k)
+        total += steps * step + a.samples * a.nfe * evaluation
+    return total
+
+
+# --------------------------------------------------------------------------- pictures
+
+def draw_run(exp, sizes):
+    """The pictures of a run: samples, quality, layers, losses. sizes: {layer: its weights}."""
+    a, rows = exp.args, {job: exp.rows[job] for job in exp.planned}
+    states = {job: runs.load_state(job.path(a.out)) for job in rows if job.seed == a.seeds[0]}
+    note = (f"{a.dataset}, U-Net {a.preset}, {a.steps:,} steps of {a.batch}, back to step {exp.k}; "
+            f"{a.sampler} with {a.nfe} network evaluations; n={a.samples:,} samples; seeds "
+            f"{', '.join(map(str, a.seeds))}.")
+    draw_samples(a, rows, states, note)
+    draw_quality(a, rows, exp.reference, len(exp.real), note)
+    draw_layers(a, states, sizes, note)
+    draw_losses(a, rows, states, note)
+
+
+def draw_samples(args, rows, states, note):
+    """A row of samples per network; columns share the starting noise."""
+    tiles = []
+    for job, state in states.items():
+        label = (f"{job.arm}\n{100 * rows[job]['sparsity']:.1f} % pruned\n"
+                 f"fid {rows[job]['fid_domain']:.1f}")
+        tiles.append((label, state["pictures"][:12]))
+    charts.sample_rows(tiles, os.path.join(args.out, "samples_by_sparsity.png"),
+                       "The same starting noise at every sparsity",
+                       f"Each column starts from the same noise. fid: fid_domain. Seed "
+                       f"{args.seeds[0]}. {note}")
+
+
+def draw_losses(args, rows, states, note):
+    """Training loss of the dense network and of the rounds that have controls."""
+    series = []
+    for job, state in states.items():
+        if job.round in (0, *args.control_rounds):
+            steps, losses = zip(*state["losses"])
+            style = "solid" if job.arm in ("dense", "ticket") else "dashed"
+            kept = 100 * (1 - rows[job]["sparsity"])
+            series.append(dict(label=f"{job.arm} {kept:.0f} %", x=steps, y=losses, style=style))
+    charts.line_chart(series, os.path.join(args.out, "losses.png"), "Training loss", "step",
+                      f"mean squared error on {args.prediction}", log_y=True,
+                      note="Percentages: weights kept. Means over 1 % of the steps. Seed "
+                           f"{args.seeds[0]}. {note}")
+
+
+def draw_layers(args, states, sizes, note):
+    """Density of every layer by round; a channel ticket is compared with the dense network."""
+    live = {job: live_by_layer(state["masks"]) for job, state in states.items()
+            if job.arm in ("dense", "ticket")}
+    matrix = [[counts[name] / size for counts in live.values()] for name, size in sizes.items()]
+    charts.heat_map(matrix, [name.removesuffix(".weight") for name in sizes],
+                    [str(job.round) for job in live], os.path.join(args.out, "layers.png"),
+                    "Where the ticket lives: density of every layer by round", note, log=True,
+                    x_label="round", bar_label="live / all")
+
+
+def live_by_layer(bits):
+    """{layer: live weights} from packed masks, one bit per weight."""
+    return {name: int(np.unpackbits(packed.numpy()).sum()) for name, packed in bits.items()}
+
+
+def draw_quality(args, rows, reference, n, note):
+    """fid_domain against sparsity: arms as lines, dense dashed, real images dotted."""
+    def values_of(arm):
+        found = {}
+        for job, row in rows.items():
+            if job.arm == arm:
+                found.setdefault(job.round, []).append(row["fid_domain"])
+        return found
+
+    levels = [("dense", float(np.mean(values_of("dense")[0])), "dashed"),
+              (f"real: {n:,} test images", reference["fid_domain"], "dotted")]
+    series = []
+    for arm, label in ARMS.items():
+        if by_round := values_of(arm):
+            groups = list(by_round.values())
+            means, seeds = [np.mean(group) for group in groups], max(map(len, groups))
+            error = [np.std(group, ddof=1) if len(group) > 1 else np.nan for group in groups]
+            series.append(dict(label=label, x=list(by_round), y=means,
+                               dots=groups if seeds > 1 else [],
+                               y_low=np.subtract(means, error), y_high=np.add(means, error),
+                               style="solid" if arm == "ticket" else "points"))
+    ticks = [(job.round, f"{100 * row['sparsity']:.0f} %") for job, row in rows.items()
+             if job.arm in ("dense", "ticket") and job.seed == args.seeds[0]]
+    bars = " Bars: standard deviation over seeds." if len(args.seeds) > 1 else ""
+    charts.line_chart(series, os.path.join(args.out, "quality_vs_sparsity.png"),
+                      "Quality of tickets and controls by sparsity", "weights pruned",
+                      "fid_domain (lower is better)", hlines=levels, x_ticks=ticks,
+                      note=note + bars)

@@ -1,0 +1,102 @@
+"""What seeds show: paired t tests, Holm's adjustment, and the verdict on a ticket."""
+import dataclasses
+import math
+
+import numpy as np
+from scipy import stats
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What n seeds show of one sparsity; str(verdict) is the sentence to print.
+
+    tests: {comparison: one-sided p}; p: the largest; p_holm: adjusted over sparsities. effects:
+    {arm: (mean of ticket - arm, low, high)} at level 1 - 2 alpha. winning: True, False or None.
+    """
+    n: int
+    metric: str
+    margin: float
+    alpha: float
+    tests: dict
+    effects: dict
+    p: float | None = None
+    p_holm: float | None = None
+    why: str = ""
+
+    @property
+    def winning(self):
+        p = self.p if self.p_holm is None else self.p_holm
+        return None if p is None else p < self.alpha
+
+    def __str__(self):
+        if self.winning is None:
+            return f"n={self.n}, no verdict{self.why}"
+        said = "winning" if self.winning else "not shown to win"
+        adjusted = "" if self.p_holm is None else f", Holm {self.p_holm:.3g}"
+        effects = ", ".join(f"ticket - {arm} {mean:+.4g} [{low:+.4g}, {high:+.4g}]"
+                            for arm, (mean, low, high) in self.effects.items())
+        failed = ", ".join(f"{test} (p={p:.3g})" for test, p in self.tests.items()
+                           if not p < self.alpha)
+        return (f"{said}: n={self.n} seeds, {self.metric}, p={self.p:.3g}{adjusted}; {effects} at "
+                f"{100 - 200 * self.alpha:.0f} %{failed and '; not shown: ' + failed}")
+
+
+def verdict(table, margin=0.10, alpha=0.05, metric="fid_domain"):
+    """Does the ticket win? An intersection-union test over seeds, paired; lower is better.
+
+    table: {"dense", "ticket", "reinit", "random": {seed: value} or values in the order of seeds}.
+    Winning = ticket < (1 + margin) dense, < reinit, < random, each by a one-sided paired t test at
+    alpha; p is the largest. No verdict with fewer than 3 common seeds or a value that is not
+    finite. ValueError for a missing arm.
+    """
+    names = "dense", "ticket", "reinit", "random"
+    if missing := set(names) - set(table):
+        raise ValueError(f"verdict needs the arms {sorted(missing)} too; the table has "
+                         f"{sorted(table)}")
+    arms = [table[name] if hasattr(table[name], "items") else dict(enumerate(table[name]))
+            for name in names]
+    seeds = sorted(set.intersection(*map(set, arms)))
+    values = np.array([[arm[seed] for seed in seeds] for arm in arms], float)  # (4, n)
+    broken = [name for name, row in zip(names, values) if not np.isfinite(row).all()]
+    known = dict(n=len(seeds), metric=metric, margin=margin, alpha=alpha)
+    if len(seeds) < 3 or broken:  # leaving a diverged run out would flatter its arm
+        why = f": {', '.join(broken)} not finite" if broken else ""
+        return Verdict(**known, tests={}, effects={}, why=why)
+    dense, ticket, reinit, random = values
+    tests = {f"within {100 * margin:g} % of dense": t_test(ticket - (1 + margin) * dense, alpha)[0],
+             "better than reinit": t_test(ticket - reinit, alpha)[0],
+             "better than random": t_test(ticket - random, alpha)[0]}
+    effects = {name: t_test(ticket - row, alpha)[1] for name, row in zip(names, values)
+               if name != "ticket"}
+    return Verdict(**known, tests=tests, effects=effects, p=max(tests.values()))
+
+
+def t_test(differences, alpha):
+    """(one-sided p that the mean of differences [n >= 2] is below 0, (mean, low, high)); the
+    interval is at 1 - 2 alpha."""
+    n, mean = len(differences), float(differences.mean())
+    error = float(differences.std(ddof=1)) / math.sqrt(n)
+    # without any spread the sign decides
+    p = float(stats.t.cdf(mean / error, n - 1)) if error else float(mean >= 0)
+    half = float(stats.t.ppf(1 - alpha, n - 1)) * error
+    return p, (mean, mean - half, mean + half)
+
+
+def verdicts(tables, **options):
+    """{sparsity: table (see verdict)} to {sparsity: Verdict}, with Holm's p over sparsities.
+
+    One without a verdict stays in the family with p = 1: losing a diverged run must not help.
+    """
+    found = {sparsity: verdict(table, **options) for sparsity, table in tables.items()}
+    adjusted = holm([1.0 if one.p is None else one.p for one in found.values()])
+    return {sparsity: one if one.p is None else dataclasses.replace(one, p_holm=p)
+            for (sparsity, one), p in zip(found.items(), adjusted)}
+
+
+def holm(pvalues):
+    """Holm's step-down adjustment of a list of p-values, in the same order."""
+    adjusted, running = [0.0] * len(pvalues), 0.0
+    for rank, i in enumerate(sorted(range(len(pvalues)), key=pvalues.__getitem__)):
+        running = max(running, min(1.0, (len(pvalues) - rank) * pvalues[i]))
+        adjusted[i] = running
+    return adjusted

@@ -1,0 +1,220 @@
+"""
+pytest tests/test_checks.py      # seconds; the peers are needed for one test only
+
+The checks of this code: parity with other packages, the bias of FID, speed and how costs grow.
+"""
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import metrics
+from checks import fid_bias, parity, speed
+from support import cli, data
+from unet import PRESETS
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def read(path):
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name", ["fid_bias", "parity", "speed", "verdict"])
+def test_a_check_run_as_a_file_says_how_to_run_it(name):
+    done = subprocess.run([sys.executable, f"checks/{name}.py"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"run it as a module:  python -m checks.{name}\n"
+
+
+# --- parity
+
+def test_parity_with_every_peer(tmp_path):
+    missing = parity.missing_peers()
+    if missing:
+        pytest.skip(f"needs  pip install {' '.join(missing)} ({'; '.join(missing.values())})")
+    done = subprocess.run([sys.executable, "-m", "checks.parity", "--out", str(tmp_path)], cwd=HERE,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = read(tmp_path / "parity.csv")
+    assert len(rows) == 24 and {row["verdict"] for row in rows} == {"ok"}
+    source = json.loads((tmp_path / "parity.json").read_text("utf-8"))
+    assert set(source["peers"]) == set(parity.PEERS) and source["seconds"] > 0
+    assert (tmp_path / "parity.md").read_text("utf-8").count("\n| ") == len(rows) + 1
+
+
+def test_parity_without_peers_names_them_and_writes_nothing(monkeypatch, capsys, tmp_path):
+    for module in parity.PEERS.values():
+        monkeypatch.setitem(sys.modules, module, None)  # import fails as if it were not installed
+    assert parity.main(["--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "pip install pytorch-fid torch-fidelity diffusers" in said and "MACs" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ours, theirs, verdict", [
+    (1.0, 1.0, "ok"), (1.0, 1.0005, "ok"), (1.0, 1.1, "DIFFERS"), (float("nan"), 1.0, "DIFFERS"),
+    ([1.0, 2.0], [1.0, 2.0], "ok"), ([1.0, 2.0], [1.0, 2.1], "DIFFERS"), (1.0, 0.0, "DIFFERS"),
+    ([1.0, float("nan")], [1.0, 2.0], "DIFFERS"), (0.0, 0.0, "ok"),
+])
+def test_parity_verdict(ours, theirs, verdict):
+    assert parity.compare("x", ours, theirs, 1e-3).verdict == verdict
+
+
+def test_parity_refuses_shapes_that_would_broadcast():
+    with pytest.raises(ValueError, match="x: "):
+        parity.compare("x", torch.ones(2, 1), torch.ones(2), 1e-3)
+
+
+def test_parity_exits_1_on_a_difference(monkeypatch, tmp_path):
+    monkeypatch.setattr(parity, "missing_peers", dict)
+    monkeypatch.setattr(parity, "PEERS", {})
+    monkeypatch.setattr(parity, "SECTIONS", ((lambda: [parity.compare("x", 1.0, 2.0, 0.1)], None),))
+    assert parity.main(["--out", str(tmp_path)]) == 1
+    assert [row["verdict"] for row in read(tmp_path / "parity.csv")] == ["DIFFERS"]
+
+
+# --- the bias of FID
+
+def test_jackknife_of_fid():
+    reference, draw = (torch.zeros(8).double(), torch.eye(8).double()), torch.Generator().manual_seed(0)
+    for shift, scale, most in ((0.5, 1.2, 1.5), (0.0, 1.0, 1.6)):  # the second: no slope, sqrt(2) too much
+        draws = shift + scale * torch.randn(200, 300, 8, generator=draw, dtype=torch.float64)
+        spread = np.std([metrics.fid(x, reference) for x in draws], ddof=1)
+        errors = [fid_bias.fid_jackknife(x, reference) for x in draws[:10]]
+        assert 1 / 1.5 < np.mean(errors) / spread < most
+
+
+def test_fewer_images_mean_a_larger_fid_and_a_bootstrap_adds_the_bias_again():
+    generator = torch.Generator().manual_seed(0)
+    feats = torch.randn(4000, 8, generator=generator)
+    reference = torch.zeros(8).double(), torch.eye(8).double()
+    few, many = (fid_bias.spread(feats, n, reference, generator) for n in (100, 400))
+    assert (few[0], many[0]) == (10, 10)
+    assert few[1] == pytest.approx(4 * many[1], rel=0.3)  # the bias is c / n
+    assert few[4] == pytest.approx(2 * few[1], rel=0.3)
+    assert fid_bias.spread(feats, 4000, reference, generator)[2] is None  # one draw has no spread
+
+
+def test_fid_bias(monkeypatch, tmp_path):
+    monkeypatch.setattr(fid_bias, "IMAGES", (100, 200))
+    monkeypatch.setattr(fid_bias, "measure", lambda name, folder: (
+        [[name, n, 2, 100 / n, None, 10 / n, 200 / n] for n in fid_bias.IMAGES], "abc"))
+    (tmp_path / "mnist").mkdir()
+    fid_bias.main(["--data-dir", str(tmp_path), "--out", str(tmp_path)])
+    rows = read(tmp_path / "fid_bias.csv")
+    assert [row["dataset"] for row in rows] == ["digits"] * 2 + ["mnist"] * 2
+    assert json.loads((tmp_path / "fid_bias.json").read_text("utf-8"))["classifiers"]["mnist"] == "abc"
+    assert (tmp_path / "fid_bias.png").stat().st_size > 10_000
+
+
+# --- speed
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every preset is a tiny network."""
+    for name in ("tiny", "mnist", "paper"):
+        monkeypatch.setitem(PRESETS, name, dict(base=16, mults=(1,), patch=4))
+
+
+def test_speed_of_tickets_and_masks(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(speed.shutil, "which", lambda name: None)  # without a compiler: minutes
+    speed.main("tickets cost --turns 1 --device cpu --out".split() + [str(tmp_path)])
+    rows = read(tmp_path / "speed_tickets_cost.csv")
+    assert [row["section"] for row in rows] == ["tickets"] * 9 + ["cost"] * 2
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    for row in rows:
+        ratio = float(row["its seconds"]) / float(row["seconds"])
+        assert float(row["ratio"]) == pytest.approx(ratio, rel=1e-4)
+    assert f"{tmp_path}/speed_tickets_cost.csv" in capsys.readouterr().out
+
+
+def test_speed_names_a_section_that_does_not_exist(capsys):
+    with pytest.raises(SystemExit) as stop:
+        speed.main(["nothing"])
+    assert stop.value.code == 2 and "no section nothing" in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_there_is_named(capsys):
+    with speed.installed("some-package"):
+        raise ImportError("No module named 'some_package'")
+    assert "pip install some-package" in capsys.readouterr().out
+
+
+def test_a_ratio_is_scaled_with_the_seconds_of_the_other(monkeypatch):
+    times = np.array([[1.0, 2.0], [2.0, 6.0], [1.0, 1.0]])
+    monkeypatch.setattr(speed.runs, "seconds_in_turns", lambda *_, **__: times.copy())
+    args = cli.argparse.Namespace(turns=3, device="cpu")
+    what, mine, _, other, *ratios = speed.row(args, "x", None, "y", None, 0.5)
+    assert (mine, other, ratios) == (1.0, 1.0, [1.0, 0.5, 1.5, 3])
+
+
+# --- how costs grow, what a second buys
+
+def test_scaling(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(speed, "SIZES", dict(parameters=(8, 16), images=(50, 100)))
+    monkeypatch.setattr(speed, "GROWTH", {name: speed.GROWTH[name] for name in speed.SIZES})
+    some = tuple(map(torch.from_numpy, data.draw_digits(100, 0)))
+    monkeypatch.setattr(speed.data, "load_images", lambda *_: some)
+    # a process of its own would know nothing of these changes
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", lambda *_, **__: Inline())
+    speed.main(["scaling", "--turns", "1", "--device", "cpu", "--out", str(tmp_path)])
+    rows = read(tmp_path / "scaling.csv")
+    assert len(rows) == 2 * 5 and all(float(row["seconds"]) > 0 for row in rows)
+    assert len(json.loads((tmp_path / "scaling.json").read_text("utf-8"))["exponents"]) == 5
+    assert "exponent of seconds" in capsys.readouterr().out
+
+
+class Inline:
+    """A pool that works in this process."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        value = function(*args)
+        return cli.argparse.Namespace(result=lambda: value)
+
+
+def test_a_run_of_some_rounds_is_a_work_of_scaling(monkeypatch):
+    begun = []
+    monkeypatch.setattr(speed.lth, "run", lambda args, parser: begun.append((args.rounds, args.controls)))
+    args = cli.argparse.Namespace(device="cpu", data_dir="data")
+    size, works = speed.of_rounds(4, args)
+    works["a small run"]()
+    assert size == 4 and begun == [(4, [])]
+
+
+def test_exponents_by_hand():
+    table = [["a", "n", n, 3 * n ** 1.5, 2.0 * n] for n in (1, 2, 4, 8)]
+    (_, _, exponent, error, memory, its_error), = speed.exponents(table)
+    assert (exponent, memory) == pytest.approx((1.5, 1)) and max(error, its_error) < 1e-9
+
+
+def test_budget(tiny, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(cli.DEFAULTS, "digits", cli.DEFAULTS["digits"] | dict(samples=8))
+    flags = "budget --dataset digits --steps 2 4 --turns 1 --device cpu"
+    speed.main([*flags.split(), "--out", str(tmp_path)])
+    rows = read(tmp_path / "budget_digits.csv")
+    assert [(row["setting"], row["steps"], row["batch"]) for row in rows] == [
+        ("plain", "2", "64"), ("tuned", "4", "32"), ("plain", "4", "64"), ("tuned", "8", "32")]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds[2:] == pytest.approx([2 * s for s in seconds[:2]], rel=1e-4)
+    assert (tmp_path / "budget_digits.png").stat().st_size > 10_000
+    assert "One seed" in capsys.readouterr().out
+
+
+def test_budget_concludes_by_hand():
+    names = "setting", "seconds", "DDIM", "ancestral"
+    table = [dict(zip(names, values)) for values in (
+        ("plain", 10, 9.0, 9.0), ("plain", 20, 5.0, 8.0), ("tuned", 10, 6.0, 7.0))]
+    assert speed.conclude(table).splitlines() == [
+        "DDIM: tuned reaches 6.00 after 10 s, plain after 20 s.",
+        "ancestral: tuned reaches 7.00 after 10 s, plain not within 20 s.", "One seed: not a verdict."]
