@@ -157,9 +157,9 @@ def sampling_times(diffusion, steps):
         raise ValueError(f"steps={steps} must lie between 1 and T={T}")
     start = (steps - 1) * (T // steps)
     if abar[start] > NOISE:
-        enough = [n for n in range(steps + 1, T + 1) if abar[(n - 1) * (T // n)] <= NOISE]
-        raise ValueError(f"a chain of {steps} would start at t={start}, where alphas_bar is "
-                         f"{abar[start]:.3f}, not at noise; choose at least {(enough or [T])[0]}")
+        enough = [n for n in range(steps + 1, T) if abar[(n - 1) * (T // n)] <= NOISE] + [T]
+        raise ValueError(f"{steps} evaluation{'s' * (steps > 1)} would start at t={start}, where "
+                         f"alphas_bar is {abar[start]:.3f}: not noise; choose at least {enough[0]}")
     return [i * (T // steps) for i in reversed(range(steps))]
 
 

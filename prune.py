@@ -21,8 +21,8 @@ MINIMUM = 0.1
 
 def prunable(model):
     """{name: Parameter} of every Conv2d and Linear weight, in the order of named_parameters()."""
-    layers = (nn.Conv2d, nn.Linear)
-    names = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, layers)}
+    names = {f"{name}.weight" for name, module in model.named_modules()
+             if isinstance(module, (nn.Conv2d, nn.Linear))}
     return {name: p for name, p in model.named_parameters() if name in names}
 
 
@@ -37,7 +37,7 @@ def live_counts(masks):
 
 
 def live_total(masks):
-    """Number of live weights of the whole network."""
+    """Number of live weights of the network."""
     return sum(live_counts(masks).values())
 
 

@@ -353,7 +353,7 @@ def main(argv=None):
         else:
             write(study, path, rows)
             print(f"{path}.csv, .md, .json")
-    return int(any(row.verdict == "DIFFERS" for row in rows))
+    return int("DIFFERS" in [row.verdict for row in rows])
 
 
 if __name__ == "__main__":

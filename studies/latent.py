@@ -14,7 +14,7 @@ does not fold pixels (`patch`): it works at 14 x 14 in both spaces where the pre
 Samples are not clipped, since a code has no range, and are decoded before they are measured: all
 quality is that of pixels. No ticket can regain what the autoencoder loses, so the fid_domain of
 reconstructed test images is in the table; this loss makes ratios to dense look milder in latent
-space. CIFAR is refused: its runs flip images, and a flipped code is not the code of a flipped image.
+space. CIFAR is refused: its runs flip images, and a flipped code is not that of a flipped image.
 
 What would change our mind about 'tickets exist in latent space as well': a ticket that loses to
 reinit or to the random mask there in every seed, while the pixel ticket of the same seeds wins.
@@ -76,8 +76,9 @@ class Autoencoder(nn.Module):
             pick = torch.randint(len(images), (BATCH,), generator=generator)
             x = to_float(images[pick.to(images.device)])
             code = self.encoder(x)
-            noise = torch.randn(code.shape, generator=generator).to(code.device)
-            loss = F.mse_loss(self.decoder(code + NOISE * noise), x)
+            noise = torch.randn(code.shape, generator=generator)
+            code = code + NOISE * noise.to(code.device)
+            loss = F.mse_loss(self.decoder(code), x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -88,7 +89,8 @@ class Autoencoder(nn.Module):
         """uint8 images (N, C, H, W) -> codes (N, CODE, H/2, W/2), float32, on the CPU."""
         device, codes = next(self.parameters()).device, []
         for part in images.split(500):
-            codes.append(self.encoder(to_float(part.to(device))).cpu())
+            x = to_float(part.to(device))
+            codes.append(self.encoder(x).cpu())
         return torch.cat(codes)
 
     @torch.no_grad()
@@ -108,14 +110,15 @@ def load_coder(path, images, test, device):
         torch.manual_seed(0)
         coder = Autoencoder(images.shape[1]).to(device)
     if os.path.exists(path):
-        state = runs.load_state(path, ("model", "train", "test"))
+        state = runs.load_state(path, ("model", "codes"))
         coder.load_state_dict(state["model"])
-        return coder.eval(), state["train"].float(), state["test"].float()
-    coder.fit(images)
-    coder.eval()
-    train, test = coder.encode(images).half(), coder.encode(test).half()
-    runs.save_state(path, model=coder.state_dict(), train=train, test=test)
-    return coder, train.float(), test.float()
+        codes = state["codes"]
+    else:
+        coder.fit(images)
+        coder.eval()
+        codes = [coder.encode(part).half() for part in (images, test)]
+        runs.save_state(path, model=coder.state_dict(), codes=codes)
+    return coder.eval(), *(code.float() for code in codes)
 
 
 # --------------------------------------------------------------------------- the experiment
@@ -125,49 +128,46 @@ class LatentExperiment(lth.Experiment):
 
     def __init__(self, args, guard=None):
         if args.dataset.startswith("cifar"):
-            cli.refuse("from", f"{args.dataset} is trained with flips; name a run on "
-                       "digits, mnist or fashion")
+            cli.refuse("from", f"{args.dataset} is trained with flips; name "
+                       "a run on digits, mnist or fashion")
         super().__init__(args, guard)  # the feature extractors see pixels
         self.pixels = self.test
         path = os.path.join(args.out, "autoencoder.pt")
-        coder, train, test = load_coder(path, self.images, self.test, self.device)
-        self.coder, scale = coder, train.std().item()
-        self.images, self.test = (train / scale).to(self.device), test / scale
-        self.decode = lambda x: self.coder.decode(x * scale)
+        coder, *codes = load_coder(path, self.images, self.test, self.device)
+        self.coder, scale = coder, codes[0].std().item()
+        self.images, self.test = (code / scale for code in codes)
+        self.images = self.images.to(self.device)
+        self.decode = lambda x: coder.decode(x * scale)
 
     def new_model(self, seed, **config):
-        """The preset's U-Net without folding: the encoder has halved the resolution already."""
+        """The U-Net of the preset without folding: the encoder has halved the resolution."""
         return super().new_model(seed, **dict(patch=1) | config)
 
     def reconstruct(self, images):
         """uint8 images, encoded and decoded."""
-        return self.coder.decode(self.coder.encode(images).to(self.device)).cpu()
+        code = self.coder.encode(images).to(self.device)
+        return self.coder.decode(code).cpu()
 
     def reconstruction(self):
-        """Error and fid_domain of reconstructed test images; the decoder's MACs per image."""
+        """Squared error and fid_domain of reconstructed test images."""
         back = to_float(self.reconstruct(self.pixels))
         mse = F.mse_loss(back, to_float(self.pixels)).item()
-        fid = self.quality(self.reconstruct(self.real))["fid_domain"]
-        layers = metrics.count_macs(self.coder.decoder, self.images[:1])
-        macs = sum(dense for dense, _ in layers.values())
-        return dict(mse=mse, fid_domain=fid, decoder_macs=macs)
+        quality = self.quality(self.reconstruct(self.real))
+        return dict(mse=mse, fid_domain=quality["fid_domain"])
 
 
-def finished_seeds(args, rows, asked):
-    """The seeds asked for, by default all, if their training runs are done."""
+def finished_seeds(args, rows):
+    """The seeds whose training runs are all done; Mistake where there is none."""
     missing = {job.seed for job in lth.jobs(args) if job not in rows}
-    done = [seed for seed in args.seeds if seed not in missing]
-    seeds = cli.once(asked or done)
-    if not seeds or set(seeds) - set(done):
-        flag = "seeds" if asked else "from"
-        cli.refuse(flag, f"{args.out} has finished seeds {done}")
-    return seeds
+    if set(args.seeds) <= missing:
+        cli.refuse("from", f"{args.out} has no finished seed")
+    return [seed for seed in args.seeds if seed not in missing]
 
 
 def latent_run(args, seeds, parser):
     """The LatentExperiment with the flags of a run in pixels."""
-    out = os.path.normpath(args.out) + "_latent"
-    settings = argparse.Namespace(**vars(args) | dict(out=out, seeds=seeds))
+    changed = dict(out=os.path.normpath(args.out) + "_latent", seeds=seeds)
+    settings = argparse.Namespace(**vars(args) | changed)
     return lth.run(settings, parser, experiment=LatentExperiment)
 
 
@@ -192,27 +192,30 @@ def lines(space, rows, seeds):
     """The Lines of one space, means over seeds; over_dense: over the same seed's dense."""
     found = values_of(rows, seeds)
     for (arm, r), fid in found.items():
-        row, over = rows[lth.Job(seeds[0], r, arm)], fid / found["dense", 0]
+        row = rows[lth.Job(seeds[0], r, arm)]
+        over, macs = fid / found["dense", 0], row["macs_live"] / 1e6
         yield Line(space, arm, row["sparsity"], len(seeds), fid.mean(),
-                   deviation(fid), over.mean(), deviation(over),
-                   row["macs_live"] / 1e6)
+                   deviation(fid), over.mean(), deviation(over), macs)
 
 
 def draw(table, path, note):
     """fid_domain over that of dense against sparsity: tickets as lines, controls as marks."""
-    styles, series = dict(ticket="solid", reinit="points", random="points"), []
+    series, arms = [], ("ticket", "reinit", "random")
     for space, colour in zip(("pixel", "latent"), charts.PALETTE):
-        for arm, style in styles.items():
+        for arm, shape in zip(arms, charts.SHAPES):
             mine = [line for line in table if line[:2] == (space, arm)]
             y = np.array([line.over_dense for line in mine])
-            sd = np.array([line.sd_over_dense for line in mine], float)
-            series.append(dict(label=f"{space}, {arm}", colour=colour, style=style,
-                               x=[100 * line.sparsity for line in mine],
-                               y=y, y_low=y - sd, y_high=y + sd))
-    charts.line_chart([line for line in series if line["x"]], path,
-                      "Tickets in pixel space and in latent space", "weights pruned (%)",
-                      "fid_domain over that of dense (log)", log_y=True,
-                      hlines=[("dense", 1.0, "dashed")], note=note)
+            sd = [line.sd_over_dense for line in mine]
+            sd = np.array(sd, float)  # None becomes NaN
+            series.append(dict(
+                label=f"{space}, {arm}", colour=colour, shape=shape,
+                style="solid" if arm == "ticket" else "points",
+                x=[100 * line.sparsity for line in mine],
+                y=y, y_low=y - sd, y_high=y + sd))
+    charts.line_chart([one for one in series if one["x"]], path,
+                      "Tickets in pixel space and in latent space",
+                      "weights pruned (%)", "fid_domain over that of dense (log)",
+                      log_y=True, hlines=[("dense", 1.0, "dashed")], note=note)
 
 
 def draw_samples(exp, path, note):
@@ -221,67 +224,54 @@ def draw_samples(exp, path, note):
     real = metrics.random_draw(exp.pixels, 12)
     rows = [("real", real), ("reconstructed", exp.reconstruct(real))]
     for job in lth.Job(seed, 0, "dense"), lth.Job(seed, last, "ticket"):
-        pictures = runs.load_state(job.path(exp.args.out))["pictures"]
-        pruned = 100 * exp.rows[job]["sparsity"]
-        rows.append((f"{job.arm}, latent\n{pruned:.0f} % pruned", pictures[:12]))
+        state = runs.load_state(job.path(exp.args.out))
+        label = f"{job.arm}, latent\n{state['row']['sparsity']:.0%} pruned"
+        rows.append((label, state["pictures"][:12]))
     charts.sample_rows(rows, path, "Latent diffusion and its lottery ticket",
                        f"The last two rows share x_T. {note}")
 
 
-def conclude(pixel, latent, seeds, last):
-    """The last ticket over dense and its controls in each space; how the spaces differ."""
-    said, loss, n = [], {}, len(seeds)
-    for space, rows in (("pixel", pixel), ("latent", latent)):
-        found, parts = values_of(rows, seeds), []
-        ticket = found["ticket", last]
-        for arm, r in ("dense", 0), ("reinit", last), ("random", last):
-            if (arm, r) in found:
-                over = np.mean(ticket / found[arm, r])
-                ends = interval(ticket - found[arm, r])
-                parts.append(f"{arm} {over:.2f}{ends}")
-        said.append(f"{space}: ticket over {', '.join(parts)}")
-        loss[space] = np.log(ticket / found["dense", 0])
-    more = loss["latent"] - loss["pixel"]
-    ends = interval(more, "log ")
-    certain = "no verdict" if n < 3 else "90 % intervals of differences"
-    return (f"fid_domain of the last round, {'; '.join(said)}. The ratio to dense is "
-            f"{np.exp(more.mean()):.2f} times as large in latent space{ends}; n={n} "
-            f"seed(s), {certain}.")
-
-
-def interval(differences, what=""):
-    """The interval of the mean paired difference as text; nothing below three seeds."""
-    _, low, high = over_seeds(differences)
-    return "" if low is None else f" ({what}difference {low:+.2f} to {high:+.2f})"
+def conclude(space, rows, seeds, last):
+    """The last ticket over dense and its controls in one space."""
+    found, parts = values_of(rows, seeds), []
+    ticket = found["ticket", last]
+    for arm, r in ("dense", 0), ("reinit", last), ("random", last):
+        if (arm, r) in found:
+            over = np.mean(ticket / found[arm, r])
+            _, low, high = over_seeds(ticket - found[arm, r])
+            ends = "" if low is None else f" ({low:+.2f} to {high:+.2f})"
+            parts.append(f"{arm} {over:.2f}{ends}")
+    certain = "no verdict" if low is None else "90 % intervals of differences"
+    return (f"{space}: fid_domain of the last ticket over {', '.join(parts)}; "
+            f"n={len(seeds)} seed(s), {certain}.")
 
 
 def main(argv=None):
     """The command line."""
     study = Study("studies.latent", __doc__)
     add_run_flag(study)
-    study.add_argument("--seeds", nargs="+", type=cli.seed_number,
-                       help="which of the run's (default: all)")
     with study.arguments(argv) as args:
-        pixel_exp, pixel = open_run(args.run)
-        seeds = finished_seeds(pixel_exp.args, pixel, args.seeds)
-        exp = latent_run(pixel_exp.args, seeds, study)
-        a, latent, back = exp.args, exp.rows, exp.reconstruction()
-        table = [*lines("pixel", pixel, seeds), *lines("latent", latent, seeds)]
+        there, pixel = open_run(args.run)
+        seeds = finished_seeds(there.args, pixel)
+        exp = latent_run(there.args, seeds, study)
+        a, back = exp.args, exp.reconstruction()
+        table, said = [], []
+        for space, rows in (("pixel", pixel), ("latent", exp.rows)):
+            table += lines(space, rows, seeds)
+            said.append(conclude(space, rows, seeds, a.rounds))
         for space, name, scores in (("latent", "reconstruction", back),
                                     ("pixel", "real images", exp.reference)):
             table.append(Line(space, name, None, None, scores["fid_domain"]))
         path = os.path.join(args.out, f"latent_{a.dataset}")
-        study.save(path, Line._fields, table, exp.device, n=a.samples, seeds=seeds,
-                   reconstruction=back, flags=vars(a))
-        note = (f"{a.dataset}, {a.steps:,} steps of {a.batch}, n={a.samples:,} samples, "
-                f"seeds {', '.join(map(str, seeds))}.")
+        study.save(path, Line._fields, table, exp.device, n=a.samples,
+                   seeds=seeds, reconstruction=back, flags=vars(a))
+        note = (f"{a.dataset}, {a.steps:,} steps of {a.batch}, n={a.samples:,} "
+                f"samples, seeds {', '.join(map(str, seeds))}.")
         draw(table, path + ".png", f"{note} Bars: standard deviation over seeds.")
         draw_samples(exp, path + "_samples.png", note)
     print(f"\n{charts.text_table(Line._fields, table)}\n\n"
-          f"Squared error of reconstructed test images in [-1, 1]: {back['mse']:.4f}. MMACs "
-          f"to decode one: {back['decoder_macs'] / 1e6:.2f}.\n"
-          f"{conclude(pixel, latent, seeds, a.rounds)}\n"
-          f"{path}.csv, .json, .png, _samples.png")
+          f"Squared error of reconstructed test images in [-1, 1]: {back['mse']:.4f}.")
+    print(*said, f"{path}.csv, .json, .png, _samples.png", sep="\n")
 
 
 if __name__ == "__main__":

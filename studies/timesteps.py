@@ -37,8 +37,8 @@ from support import charts, cli
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the evaluations, done by the sparser network
 DIRECTIONS = "sparse early", "dense early"
 PAIR = "denser", "sparser"
-NOTE = ("own: each ticket as it was trained; shared: the sparser mask on "
-        "the denser weights; single ticket: interpolated.")
+NOTE = ("own: each ticket as it was trained; shared: the sparser mask on the "
+        "weights of the denser ticket; single ticket: interpolated.")
 
 
 class Switch(nn.Module):
@@ -167,7 +167,8 @@ def draw(table, path, note):
     place = ["sparse_evaluations"]  # the work there differs a little by seed
     x = list(means(table, place, "mmacs").values())
     y = list(means(table, place, "single_ticket").values())
-    series = [dict(label="single ticket", x=x, y=y, style="dotted", shape=None)]
+    series = [dict(label="single ticket", x=x, y=y, style="dotted",
+                   shape=None, colour="#555555")]
     for weights, style in ("own", "solid"), ("shared", "dashed"):
         for direction in DIRECTIONS:
             mine = select(table, weights=weights, direction=direction)

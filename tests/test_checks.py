@@ -216,5 +216,5 @@ def test_budget_concludes_by_hand():
     table = [dict(zip(names, values)) for values in (
         ("plain", 10, 9.0, 9.0), ("plain", 20, 5.0, 8.0), ("tuned", 10, 6.0, 7.0))]
     assert speed.conclude(table).splitlines() == [
-        "DDIM: tuned reaches 6.00 after 10 s, plain after 20 s.",
+        "DDIM: tuned reaches 6.00 after 10 s, plain by 20 s.",
         "ancestral: tuned reaches 7.00 after 10 s, plain not within 20 s.", "One seed: not a verdict."]
