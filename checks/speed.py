@@ -13,8 +13,8 @@ A ratio is the median of --turns ratios, with the smallest and the largest. Peer
 installed are named and left out. Seconds belong to the machine named in the .json file; ratios
 travel better, not perfectly.
 
-What would change our mind about 'costs grow in proportion': an exponent above 1 by more than twice
-its standard error. About a training setting: a curve that lies below it at every second.
+What would change our mind: about costs that grow in proportion, an exponent above 1 by more than
+twice its standard error; about a training setting, a curve that lies below it at every second.
 """
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module:  python -m checks.speed")
@@ -122,8 +122,9 @@ class Package(NamedTuple):
 
     def step(self, precision):
         """One training step: loss, gradients, clip, update."""
-        device = next(self.model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        device, bf16 = next(self.model.parameters()).device.type, precision == "bf16"
+        self.model.train()
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = self.loss()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -135,14 +136,14 @@ def ours(x, model):
     """This repository, without the extras of ddpm.train."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, fused=True)
     diffusion = Diffusion()
-    predict = {p: denoiser(model, p) for p in PRECISIONS}
 
     def loss():
         t = torch.randint(0, 1000, (len(x),), device=x.device)
         return diffusion.loss(model, x, t, torch.randn_like(x))
 
     def draw(precision):
-        sample(predict[precision], diffusion, x, "ddim", STEPS)
+        predict = denoiser(model, precision)
+        sample(predict, diffusion, x, "ddim", STEPS)
     return Package(model, optimizer, loss, draw)
 
 
@@ -193,11 +194,7 @@ def denoising_diffusion_pytorch(x):
 
 
 def peer_rows(args):
-    """Training, sampling and the Frechet distance against each package that is installed.
-
-    Packages run as in their examples: with images in the default memory format. With channels_last,
-    which we use, diffusers would be two to three times as fast on a CPU.
-    """
+    """Training, sampling and the Frechet distance against each package that is installed."""
     x = torch.randn(BATCH, 1, 28, 28, device=args.device)
     torch.manual_seed(0)
     model = UNet(1, base=32, mults=(1, 2, 2), blocks=1, image_size=28)

@@ -16,7 +16,7 @@ import torch
 import metrics
 from checks import fid_bias, parity, speed
 from support import cli, data
-from unet import PRESETS
+from unet import PRESETS, UNet
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -144,6 +144,21 @@ def test_a_peer_that_is_not_there_is_named(capsys):
     with speed.installed("some-package"):
         raise ImportError("No module named 'some_package'")
     assert "pip install some-package" in capsys.readouterr().out
+
+
+def test_a_step_trains_and_a_draw_does_not():
+    """Each package is timed at what the row says."""
+    model, x = UNet(base=8, mults=(1,), image_size=8), torch.randn(4, 1, 8, 8)
+    package = speed.ours(x, model)
+    before = model.conv_out.weight.detach().clone()
+    for name in speed.PRECISIONS:
+        package.draw(name)
+    assert torch.equal(before, model.conv_out.weight)
+    for name in speed.PRECISIONS:
+        package.step(name)
+        assert not torch.equal(before, model.conv_out.weight)
+        before = model.conv_out.weight.detach().clone()
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_ratio_is_scaled_with_the_seconds_of_the_other(monkeypatch):
