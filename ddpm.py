@@ -6,7 +6,7 @@ Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239).
     ema, losses = train(model, Diffusion(), images, steps=2000)     # images uint8 (N, C, H, W)
     x = sample(ema.model, Diffusion(), torch.randn(16, 1, 28, 28), "ddim", steps=50)
 
-This file and unet.py can be copied alone. lth_diffusion.py trains through it, with hooks for masks.
+This file and unet.py can be copied alone; only the command line needs support/.
 """
 import copy
 import math
@@ -21,12 +21,12 @@ LAST = torch.channels_last  # the memory format in which CPUs and GPUs convolve 
 
 # --------------------------------------------------------------------------- diffusion
 class Diffusion:
-    """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I); t = 0 is one step of noise.
+    """q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I); x at t = 0 has one step of noise already.
 
     schedule: "linear", betas from 1e-4 to 0.02 (2006.11239, section 4), or "cosine" (Nichol and
     Dhariwal 2021, 2102.09672, section 3.2). prediction: what the network predicts, "eps" or
     "v" = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans and Ho 2022, 2202.00512, appendix D).
-    betas, alphas_bar, posterior_variance: float64 (T,), CPU. ValueError for what does not exist.
+    betas, alphas_bar, posterior_variance: float64 (T,), CPU. ValueError for an unknown name.
     """
 
     def __init__(self, T=1000, schedule="linear", prediction="eps"):
@@ -146,12 +146,12 @@ def dpm_step(x, x0, abar_from, abar_to, x0_before=None, abar_before=None):
     return shrunk - math.sqrt(abar_to) * math.expm1(-h) * x0
 
 
-NOISE = 0.01  # alphas_bar at the first evaluation: sampling that starts later returns its own noise
+NOISE = 0.01  # the largest alphas_bar at the first evaluation: above it x_T is no sample of q(x_t)
 
 
 def sampling_times(diffusion, steps):
-    """The time steps of `steps` evaluations, t = i * (T // steps), descending; ValueError, with the
-    smallest number of steps that works, unless the first one is at noise."""
+    """The time steps of `steps` evaluations, t = i * (T // steps), descending; ValueError,
+    with the next number of steps that works, unless the first one is at noise."""
     T, abar = diffusion.T, diffusion.alphas_bar.tolist()
     if not 1 <= steps <= T:
         raise ValueError(f"steps={steps} must lie between 1 and T={T}")
@@ -222,7 +222,9 @@ def make_optimizer(name, parameters, lr, beta2=0.999):
     """"adam" (2006.11239) or "sgd" (momentum 0.9, as in most lottery-ticket work)."""
     if name == "adam":
         return torch.optim.Adam(parameters, lr=lr, betas=(0.9, beta2), fused=True)
-    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, fused=True)
+    raise ValueError(f"optimizer={name!r}: choose adam or sgd")
 
 
 def batch_at(images, step, seed, batch, flip, T, generator, rank=0, world=1):
@@ -247,7 +249,7 @@ def batch_at(images, step, seed, batch, flip, T, generator, rank=0, world=1):
 
 
 class LossLog:
-    """Mean loss of each window of steps; the device is waited for at its end only."""
+    """Mean loss of each window of steps; synchronises with the device at its end only."""
 
     def __init__(self, every, label, device):
         self.every, self.label, self.means = every, label, []
@@ -318,7 +320,7 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4,
                disable=True if rank else None)
     for step in bar:
         x0, t, noise = batch_at(images, step, seed, batch, flip, T, generator, rank, world)
-        # Accumulate gradients.
+        # Forward and backward pass.
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = diffusion.loss(network, x0.contiguous(memory_format=LAST), t, noise)
         loss.backward()
@@ -367,7 +369,7 @@ def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=
                  label="sample", decode=None, share=None):
     """uint8 images (N, C, H, W) on the CPU from noise x_T (N, C, H, W), batch by batch.
 
-    Stochastic samplers seed their noise by the batch: every model meets the same. decode: makes
+    Stochastic samplers seed their noise by the batch, so every model gets the same. decode: makes
     uint8 images of latents. share(function, items, label): a map that several processes divide.
     """
     predict, device = denoiser(model, precision), next(model.parameters()).device
@@ -396,7 +398,8 @@ def main(argv=None):
     from support import cli, data, report, runs
     parser = cli.Parser(prog="ddpm.py", description="Train one dense DDPM; draw a grid of samples.")
     cli.add_training_flags(parser, PRESETS)
-    parser.add_argument("--seed", type=cli.seed_number, default=0)
+    parser.add_argument("--seed", type=cli.seed_number, default=0,
+                        help="of the weights, the data order and the samples (default: 0)")
     parser.set_defaults(samples=100)
     args = parser.parse_args(argv)
     cli.fill_defaults(args)

@@ -14,7 +14,6 @@ import os
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import metrics
@@ -29,7 +28,7 @@ EVAL_SEED = 1234  # of x_T and of val_loss's t and noise: the same for every net
 MARGIN = 0.10  # of dense: how much worse a ticket may be and count as equal; fixed before the runs
 REINIT_SEED = 500_000  # added to the seed for the control's new initialisation
 MASK_SEED = 700_000  # of masks drawn or shuffled at random
-FINETUNE_LR = 0.1  # `finetune` trains on at this share of --lr: schedules end at or near 0
+FINETUNE_LR = 0.1  # `finetune` trains at this share of --lr, since a decaying schedule ends near 0
 FINISHED = "row", "config", "model", "ema", "masks", "losses"  # in a finished job's file
 CONTROLS = "reinit", "random", "finetune", "small"
 FREE = "device", "data_dir", "out", "inception", "seeds"  # flags that may differ when a run goes on
@@ -57,9 +56,9 @@ def find_tickets(args, exp):
         dense = last = exp.train_dense(seed)
         masks = dense.masks
         for r in range(1, args.rounds + 1):
-            # 1. Prune the weights of smallest magnitude among those that are left.
+            # 1. Prune the smallest of the trained weights that are left.
             masks = prune_magnitude(last.model, masks, args.prune_rate, args.scope)
-            # 2. Rewind: every weight that is left returns to its value at step k.
+            # 2. Rewind: each weight that is left returns to its value at step k.
             ticket = exp.new_model(seed)
             rewind(ticket, masks, dense.theta)
             # 3. Retrain from there; the next round prunes what comes out.
@@ -86,13 +85,14 @@ def controls(exp, job, masks, dense, pruned, after=None):
     if "finetune" in arms:  # the trained weights kept: does going back matter?
         low = dict(lr=FINETUNE_LR * exp.args.lr, lr_schedule="constant", warmup=0)
         model = copy.deepcopy(pruned.model)
-        yield "finetune", model, masks, dict(start=exp.k, after=max(after, pruned.spent)) | low
+        low["after"] = max(after, pruned.spent)  # the later of mask and weights
+        yield "finetune", model, masks, dict(start=exp.k) | low
     if "small" in arms:  # a narrower dense network of as many weights: does sparsity matter?
         yield "small", exp.narrower_model(job.seed, live_total(masks)), None, {}
 
 
 def jobs(args):
-    """Every training run, in the order of find_tickets."""
+    """Every training run, exactly those of find_tickets, in its order."""
     planned = []
     for seed in args.seeds:
         planned += dense_jobs(args, seed)

@@ -1,7 +1,7 @@
 """How good samples are and what a network costs: FID, precision and recall, KID, Inception score,
 a domain classifier, multiply-accumulates.
 
-    inception = load_inception("pt_inception-2015-12-05-6726825d.pth")
+    inception = load_inception("pt_inception-2015-12-05-6726825d.pth")    # needs support/
     distance = fid(features(inception, fake), features(inception, real))  # uint8 [N, C, H, W]
 """
 import collections
@@ -45,8 +45,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def low_rank_factor(sigma):
-    """L [D, rank] with L L^T = sigma, a covariance float64 [D, D], by Cholesky with pivots. Mere
-    rounding must go: an eigenvalue of 1e-16 instead of zero (n < D) is 1e-8 in its root."""
+    """L [D, rank] with L L^T = sigma, a covariance float64 [D, D], by Cholesky with pivots.
+    It drops eigenvalues that are only rounding: 1e-16 instead of zero is 1e-8 in its root."""
     lower, order, rank, _ = lapack.dpstrf(sigma.numpy(), lower=1)
     factor = np.empty((len(sigma), rank))
     factor[order - 1] = np.tril(lower)[:, :rank]
@@ -92,12 +92,12 @@ def inception_score(probs, splits=10):
 
 def kid(feats_x, feats_y, subsets=100, subset_size=1000, seed=0):
     """Unbiased squared MMD of feats [N, D], [M, D], kernel (x.y / D + 1)^3 (Binkowski et al. 2018,
-    1801.01401): (mean over random subsets, its standard error, of drawing alone where subsets
-    overlap). ValueError when a set holds fewer than subset_size."""
+    1801.01401): (mean over random subsets, its standard error; where subsets overlap it reflects
+    their drawing alone). ValueError when a set holds fewer than subset_size."""
     sets, n, values = same_width(feats_x, feats_y), subset_size, []
     sizes, generator = [len(x) for x in sets], torch.Generator().manual_seed(seed)
     if not 2 <= n <= min(sizes):
-        raise ValueError(f"subset_size={n} is more than the {sizes} features: make it smaller")
+        raise ValueError(f"subset_size={n} must lie between 2 and {min(sizes)}, the features")
     for _ in range(subsets):
         picks = [torch.randperm(size, generator=generator)[:n] for size in sizes]
         a, b = (x[pick].double() for x, pick in zip(sets, picks))  # (n, D)
@@ -243,7 +243,7 @@ class InceptionV3(nn.Module):
 
 @contextlib.contextmanager
 def full_precision():
-    """No gradients and no TF32, in which GPUs convolve: it moves features by 1 in 1,000."""
+    """No gradients, and no TF32 in convolutions, where GPUs round to 10 bits."""
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -264,8 +264,7 @@ def load_inception(path=None, root=None):
         path = next(filter(os.path.exists, places), None) or data.download(
             [url], os.path.join(runs.writable(folders), INCEPTION_FILE), INCEPTION_SHA,
             algorithm="sha256")
-    where = os.path.join(root, INCEPTION_FILE)
-    hint = f"get it with  curl -L --create-dirs -o {where} {url}"
+    hint = f"get it with  curl -L --create-dirs -o {os.path.join(root, INCEPTION_FILE)} {url}"
     return runs.load_weights(path, lambda state: InceptionV3(), hint, INCEPTION_SHA)
 
 
@@ -278,7 +277,7 @@ def load_classifier(dataset, images=None, labels=None, **options):
 
 # --------------------------------------------------------------------------- quality of samples
 def features(model, images, batch=64, logits=False):
-    """Features float32 [N, D] on the CPU of images uint8 [N, C, H, W]; or (features, logits)."""
+    """Features float32 [N, D], CPU, of images uint8 [N, C, H, W]; or the pair that it gives."""
     device, model, outs = next(model.parameters()).device, model.eval(), []
     with full_precision():
         for part in progress(check_images(images).split(batch), "features"):
@@ -288,7 +287,7 @@ def features(model, images, batch=64, logits=False):
 
 
 def check_images(x):
-    """x itself when it is uint8 [N, 1|3, H, W]; ValueError otherwise: floats are no images."""
+    """x itself when it is uint8 [N, 1|3, H, W]; ValueError otherwise: floats are rejected."""
     if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"images must be uint8 [N, 1|3, H, W], not {x.dtype} {list(x.shape)}")
     return x
@@ -297,11 +296,8 @@ def check_images(x):
 def quality(model, images, real, reference, extract=features):
     """{"fid", "precision", "recall"} of images uint8 [N, C, H, W] in a model's features; with
     Inception also "kid", "kid_error", "inception_score". Precision and recall stand beside FID
-    because it can fall while images get worse.
-
-    reference: (mu, sigma) of the training images, for FID; real: features [M, D] for the rest.
-    extract: features(), or what does the same on several processes.
-    """
+    because it can fall while images get worse. reference: (mu, sigma) of the training images, for
+    FID; real: features [M, D] for the rest. extract: features(), or its like on many processes."""
     feats, logits = extract(model, images, logits=True)
     precision, recall = precision_recall(real, feats)
     columns = dict(fid=fid(feats, reference), precision=precision, recall=recall)
@@ -323,10 +319,8 @@ def reference_statistics(model, images, dataset, cache=None):
 
 def real_reference(model, reference, train_images, test_images, n):
     """The real-data reference: quality() of n test images uint8 [., C, H, W], the score of a
-    perfect sampler; a mean over up to REAL_DRAWS disjoint draws. ValueError for fewer than n.
-
-    FID is against `reference`, of all training images, the rest against n of them.
-    """
+    perfect sampler; a mean over up to REAL_DRAWS disjoint draws. FID is against `reference`, of all
+    training images, the rest against n of them. ValueError for fewer than n."""
     if not 2 <= n <= len(test_images):
         raise ValueError(f"n={n} must lie between 2 and the {len(test_images)} test images")
     draws = random_draw(test_images, n * min(REAL_DRAWS, len(test_images) // n))

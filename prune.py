@@ -1,7 +1,8 @@
-"""Masks: which weights of a network live, how to choose them, how to go back with them.
+"""Pruning masks: choose which weights to keep, rewind to them, keep the rest at zero.
 
+    theta_k = copy.deepcopy(model.state_dict())           # at step k; without the copy it trains on
     masks = dense_masks(model)                            # {"conv1.weight": bool tensor, ...}
-    masks = prune_magnitude(model, masks, fraction=0.2)   # exactly 20 % of the live weights fewer
+    masks = prune_magnitude(model, masks, fraction=0.2)   # removes exactly 20 % of what is left
     rewind(model, masks, theta_k)                         # weights = mask * theta_k
     train(..., **mask_hooks(model, masks))                # pruned weights stay exactly 0.0
 
@@ -49,7 +50,7 @@ def density(masks):
 # --------------------------------------------------------------------------- choosing
 def prune_magnitude(model, masks, fraction, scope="global", layer_fractions=None):
     """New masks without the live weights of smallest |w| (Frankle and Carbin, The Lottery Ticket
-    Hypothesis, 2019, 1803.03635, section 1); scope "ramp" or those of prune_scores."""
+    Hypothesis, 2019, 1803.03635, section 1); scope: "ramp", or any that prune_scores takes."""
     scores = {name: p.detach().abs() for name, p in prunable(model).items()}
     if scope == "ramp" and layer_fractions is None:
         layer_fractions = ramp_rates(model, fraction)
@@ -57,21 +58,21 @@ def prune_magnitude(model, masks, fraction, scope="global", layer_fractions=None
 
 
 def prune_scores(scores, masks, fraction, scope="global", layer_fractions=None):
-    """New masks without the live weights of lowest score; ties are broken, never cut together.
+    """New masks without the live weights of lowest score; ties break by position: exact counts.
 
     scope "global": exactly round(fraction * live) weights go, wherever they are. "layer": exactly
     that many of each layer. "erk": the global total, layer densities in the proportions
     sum(shape) / prod(shape), at most what lives (Evci et al., RigL, 2020, 1911.11134, section 3).
     layer_fractions {name: relative rate}: the global total, layer rates in these proportions. Each
     layer keeps at least max(1, 0.1 * d * n) of its n weights, d being the density aimed at; what
-    that saves is cut elsewhere. ValueError for a fraction outside [0, 1) or one that leaves less,
-    FloatingPointError for a score that is not finite.
+    that saves is cut elsewhere. ValueError for a fraction outside [0, 1) or one that would cut
+    into these minima, FloatingPointError for a score that is not finite.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction={fraction} must lie in [0, 1)")
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
-            raise FloatingPointError(f"{name} has weights that are not finite: cannot rank them")
+            raise FloatingPointError(f"{name} has scores that are not finite: cannot rank them")
     live, total = live_counts(masks), live_total(masks)
     cut = round(fraction * total)
     if scope == "global" and layer_fractions is None:
@@ -111,31 +112,31 @@ def cut_global(scores, masks, cut):
     least = minima(masks, total - cut)
     if cut > total - sum(least.values()):
         raise ValueError(f"cannot cut {cut} of {total} weights and keep one in every layer")
-    ranks = []
+    open_to = []
     for name, mask in masks.items():
-        rank, dead = scores[name].float().flatten(), ~mask.flatten()
-        best = lowest((-rank).masked_fill_(dead, torch.inf), least[name])  # these may not go
-        ranks.append(rank.masked_fill(best | dead, torch.inf))  # and the dead cannot go again
-    gone = lowest(torch.cat(ranks), cut).split([mask.numel() for mask in masks.values()])
+        score, dead = scores[name].float().flatten(), ~mask.flatten()
+        best = lowest((-score).masked_fill_(dead, torch.inf), least[name])  # these may not go
+        open_to.append(score.masked_fill(best | dead, torch.inf))  # and the dead cannot go again
+    gone = lowest(torch.cat(open_to), cut).split([mask.numel() for mask in masks.values()])
     return {name: masks[name] & ~one.view_as(masks[name]) for name, one in zip(masks, gone)}
 
 
-def lowest(ranks, k):
-    """Bool tensor like ranks (n,): exactly k are True, the lowest; among equals, the first."""
-    values = ranks.cpu().numpy()  # which partitions millions several times as fast as topk
+def lowest(scores, k):
+    """Bool tensor like scores (n,): exactly k are True, the lowest; among equals, the first."""
+    values = scores.cpu().numpy()  # which partitions millions several times as fast as topk
     last = np.partition(values, k - 1)[k - 1] if k else -np.inf
     low = values < last
     low[np.flatnonzero(values == last)[:k - np.count_nonzero(low)]] = True
-    return torch.from_numpy(low).to(ranks.device)
+    return torch.from_numpy(low).to(scores.device)
 
 
 def keep_largest(scores, masks, keep):
     """Masks with exactly keep[name] live weights in each layer: the largest scores of the live."""
     new = {}
     for name, mask in masks.items():
-        rank = scores[name].float().masked_fill(~mask, -torch.inf).flatten()
+        score = scores[name].float().masked_fill(~mask, -torch.inf).flatten()
         alive = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
-        alive[rank.topk(keep[name], sorted=False).indices] = True
+        alive[score.topk(keep[name], sorted=False).indices] = True
         new[name] = alive.view(mask.shape)
     return new
 
@@ -216,8 +217,8 @@ def rewind(model, masks, state):
 
 
 def mask_hooks(model, masks):
-    """The two hooks of ddpm.train that keep pruned weights at exactly 0.0, as keyword arguments:
-    gradients are masked before clipping, so that dead weights do not use up the clip norm, weights
+    """The two hooks of ddpm.train that keep pruned weights at exactly 0.0, as keyword arguments.
+    Gradients are masked before clipping, so that pruned weights do not count in the norm; weights
     after the update. Where the gradient is always 0, so are Adam's moments and the EMA."""
     layers = prunable(model)
     weights = list(layers.values())

@@ -29,7 +29,7 @@ PRESETS = {
 class GroupNorm(nn.GroupNorm):
     """GroupNorm with min(32, C//4) groups unless told otherwise; statistics in float32.
 
-    On a CPU the bfloat16 kernel is fast only where channels lie first, and slow to differentiate.
+    The bfloat16 kernel of CPUs is fast for contiguous tensors only, and its backward pass is slow.
     """
 
     def __init__(self, channels, groups=None):
@@ -122,7 +122,7 @@ class Upsample(nn.Conv2d):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution on one side of the U, their attention, the change after them."""
+    """The blocks at one resolution, their attention, and the resampling layer that follows."""
 
     def __init__(self, blocks, attention, resample):
         super().__init__()
@@ -166,8 +166,8 @@ class UNet(nn.Module):
             raise ValueError(f"image_size={image_size} must be a multiple of {smallest}")
         for width in [base * m for m in mults]:
             if width < 4 or width % 4 or width % min(32, width // 4):
-                raise ValueError(f"width {width} does not split into GroupNorm groups; take a "
-                                 "multiple of 4 as base, above 128 of 32")
+                raise ValueError(f"width {width} does not split into GroupNorm groups: base "
+                                 "must be a multiple of 4, above 128 of 32")
 
     def _block(self, name, inp, out):
         config = self.config

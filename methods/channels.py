@@ -55,7 +55,7 @@ def prune_channels(model, channels, fraction, scope="global"):
     cut = {name: round(fraction * n) for name, n in live.items()}
     if scope == "global":
         cut, ranked = dict.fromkeys(masks, 0), []
-        for name, mask in masks.items():  # the best group of a block is not up for it
+        for name, mask in masks.items():  # each block's best group is never pruned
             ranked += [(score, name) for score in scores[name][mask].sort().values[:-1].tolist()]
         for _, name in sorted(ranked)[:round(fraction * sum(live.values()))]:
             cut[name] += 1
@@ -74,7 +74,7 @@ def random_channels(channels, model, generator):
 
 
 def inside(channels, left):
-    """Channel masks of the dense network from masks `left` of the network that `channels` left."""
+    """Masks `left` of the network that `channels` left, as masks of the dense network."""
     found = {}
     for block, old in channels.items():
         found[block] = old.clone()

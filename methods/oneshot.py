@@ -29,7 +29,8 @@ def cut_at(args, r):
 
 
 def retrain(exp, job, masks, dense, after):
-    """Go back to step k with these masks, retrain, compare. after: what finding the masks took."""
+    """Rewind to step k with these masks, retrain, train the controls. after: (steps, MACs) that
+    finding the masks took."""
     ticket = exp.new_model(job.seed)
     rewind(ticket, masks, dense.theta)
     found = exp.train(job, ticket, masks, start=exp.k, after=after)
@@ -43,7 +44,7 @@ def compare(exp, job, masks, dense, pruned, after):
 
 
 def jobs(args, before=()):
-    """Every training run; before: what each ticket needs first."""
+    """Every training run, in order. before: arms that each ticket needs first."""
     planned = []
     for seed in args.seeds:
         planned += dense_jobs(args, seed)

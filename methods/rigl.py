@@ -22,13 +22,13 @@ from prune import apply_masks, keep_largest, prunable
 
 
 class RigL:
-    """The two hooks of ddpm.train that move `masks`, a dict that follows along (section 3).
+    """The two hooks of ddpm.train that move `masks`, which is updated in place (section 3).
 
     Every `every` steps while step < until * steps, each layer drops the share alpha/2 * (1 + cos(pi
     step / T_end)) of its live weights with the smallest |w| and grows as many where the dense
     gradient is largest among all that were not kept. What was not alive before starts at 0 with
     fresh moments; a weight dropped and grown at once keeps its value. The move takes the place of
-    that step's update. grow="random" is SET. Each layer keeps its number of live weights.
+    that step's update. grow="random" is SET on RigL's schedule. No layer's live count changes.
     """
 
     def __init__(self, model, masks, steps, every=100, alpha=0.3, until=0.75, grow="gradient",
@@ -85,7 +85,7 @@ def find_tickets(args, exp):
     """One sparse network per control round, its mask moving as it trains from step 0."""
     every = max(1, min(100, args.steps // 50))  # the authors' 100 steps, less in a short run
 
-    def each(dense, live):  # now and then a dense gradient (appendix)
+    def each(dense, live):  # a dense gradient every `every` steps (appendix), all the way through
         return (3 * live * every + 2 * live + dense) / (every + 1)
     each = each if args.grow == "gradient" else None
     for seed in args.seeds:

@@ -16,7 +16,6 @@ from lth_diffusion import Job, make_parser, parse_args, run
 from methods.oneshot import compare, jobs
 from methods.random_pruning import random_start
 from prune import mask_hooks, prunable
-from support.cli import refuse
 
 SHARE = 0.5  # steps of the transformation over --steps, on top of them (the authors: 9/14)
 

@@ -35,7 +35,8 @@ from tqdm import tqdm
 import lth_diffusion as lth
 import metrics
 from ddpm import check_finite, learning_rate, to_float, to_uint8
-from studies.common import Study, add_run_flag, deviation, open_run, over_seeds
+from studies.common import (Study, add_run_flag, deviation, open_run,
+                            over_seeds)
 from support import charts, cli, runs
 
 # Of the autoencoder: about a minute on two cores.
@@ -70,7 +71,8 @@ class Autoencoder(nn.Module):
         """Train on uint8 images (N, C, H, W) by the squared error of the reconstruction."""
         generator = torch.Generator().manual_seed(0)
         optimizer = torch.optim.Adam(self.parameters(), LR)
-        for step in tqdm(range(STEPS), "autoencoder", leave=False, disable=None):
+        steps = tqdm(range(STEPS), "autoencoder", leave=False, disable=None)
+        for step in steps:
             rate = learning_rate(step, STEPS, LR, "cosine", STEPS // 20)
             optimizer.param_groups[0]["lr"] = rate
             pick = torch.randint(len(images), (BATCH,), generator=generator)
@@ -96,8 +98,8 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode(self, code):
         """Codes -> uint8 images, on the same device."""
-        parts = [self.decoder(part) for part in code.split(500)]
-        return to_uint8(torch.cat(parts))
+        images = [self.decoder(part) for part in code.split(500)]
+        return to_uint8(torch.cat(images))
 
 
 def load_coder(path, images, test, device):
@@ -128,8 +130,8 @@ class LatentExperiment(lth.Experiment):
 
     def __init__(self, args, guard=None):
         if args.dataset.startswith("cifar"):
-            cli.refuse("from", f"{args.dataset} is trained with flips; name "
-                       "a run on digits, mnist or fashion")
+            cli.refuse("from", "CIFAR is trained with flips; name a run on "
+                       "digits, mnist or fashion")
         super().__init__(args, guard)  # the feature extractors see pixels
         self.pixels = self.test
         path = os.path.join(args.out, "autoencoder.pt")
@@ -212,8 +214,8 @@ def draw(table, path, note):
                 style="solid" if arm == "ticket" else "points",
                 x=[100 * line.sparsity for line in mine],
                 y=y, y_low=y - sd, y_high=y + sd))
-    charts.line_chart([one for one in series if one["x"]], path,
-                      "Tickets in pixel space and in latent space",
+    series = [one for one in series if one["x"]]
+    charts.line_chart(series, path, "Tickets in pixel space and in latent space",
                       "weights pruned (%)", "fid_domain over that of dense (log)",
                       log_y=True, hlines=[("dense", 1.0, "dashed")], note=note)
 
@@ -228,7 +230,7 @@ def draw_samples(exp, path, note):
         label = f"{job.arm}, latent\n{state['row']['sparsity']:.0%} pruned"
         rows.append((label, state["pictures"][:12]))
     charts.sample_rows(rows, path, "Latent diffusion and its lottery ticket",
-                       f"The last two rows share x_T. {note}")
+                       f"Seed {seed}. The last two rows share x_T. {note}")
 
 
 def conclude(space, rows, seeds, last):
@@ -259,15 +261,18 @@ def main(argv=None):
         for space, rows in (("pixel", pixel), ("latent", exp.rows)):
             table += lines(space, rows, seeds)
             said.append(conclude(space, rows, seeds, a.rounds))
-        for space, name, scores in (("latent", "reconstruction", back),
-                                    ("pixel", "real images", exp.reference)):
-            table.append(Line(space, name, None, None, scores["fid_domain"]))
+        scores = {("latent", "reconstruction"): back,
+                  ("pixel", "real images"): exp.reference}
+        for names, score in scores.items():
+            fid = score["fid_domain"]
+            table.append(Line(*names, None, None, fid))
         path = os.path.join(args.out, f"latent_{a.dataset}")
         study.save(path, Line._fields, table, exp.device, n=a.samples,
                    seeds=seeds, reconstruction=back, flags=vars(a))
-        note = (f"{a.dataset}, {a.steps:,} steps of {a.batch}, n={a.samples:,} "
-                f"samples, seeds {', '.join(map(str, seeds))}.")
-        draw(table, path + ".png", f"{note} Bars: standard deviation over seeds.")
+        note = (f"{a.dataset}, {a.steps:,} steps of {a.batch}, "
+                f"n={a.samples:,} samples.")
+        draw(table, path + ".png", f"{note} Means over {len(seeds)} seed(s); "
+             "bars: standard deviation.")
         draw_samples(exp, path + "_samples.png", note)
     print(f"\n{charts.text_table(Line._fields, table)}\n\n"
           f"Squared error of reconstructed test images in [-1, 1]: {back['mse']:.4f}.")

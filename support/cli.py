@@ -18,7 +18,7 @@ DATASETS = {  # name -> ((channels, height, width), number of classes)
 
 # What each data set is trained with unless flags say otherwise, sized for two CPU cores.
 # In the few steps of digits a short memory of Adam (beta2) halves fid_domain, 11.9 to 4.9, and
-# the ancestral sampler takes off a sixth of it (one seed, n=250). MNIST: studies/budget.py.
+# the ancestral sampler takes off a sixth of it (one seed, n=250). MNIST: checks/speed.py budget.
 USUAL = dict(batch=32, lr=4e-3, beta2=0.999, ema=0.995, sampler="ddim", samples=1000)
 CIFAR = USUAL | dict(preset="cifar", steps=4000, batch=64, lr=1e-3, ema=0.999)
 DEFAULTS = {
@@ -198,11 +198,13 @@ def add_pruning_flags(parser, controls):
     add("--final-sparsity", type=fraction,
         help="choose the rate instead so that the last round ends here")
     add("--scope", choices=["global", "layer", "ramp", "erk"], default="global",
-        help="rank over the network, in each layer, or with layer rates by depth or shape")
+        help="rank weights over the network (global), within each layer (layer), with rates that "
+             "grow with depth (ramp) or follow layer shape (erk)")
     add("--controls", nargs="*", choices=controls, default=["reinit", "random"],
-        help="what tickets are compared with (default: reinit random)")
+        help="compare tickets with: the same mask on new weights (reinit), a random mask, "
+             "fine-tuning, a narrower dense network (small) (default: reinit random)")
     add("--control-rounds", nargs="+", type=positive_int, metavar="R",
-        help="rounds that have controls (default: the last)")
+        help="rounds at which controls are trained (default: the last)")
     add("--rewind", type=fraction, default=0.05,
         help="go back to this share of the steps; 0: the original hypothesis (default: 0.05)")
     add("--inception", metavar="PATH", type=path,
@@ -221,7 +223,8 @@ def complete(args, name=""):
     elif args.prune_rate is None:
         args.prune_rate = 0.2  # Frankle and Carbin 2019, 1803.03635, section 3
     if args.prune_rate <= 0:
-        refuse("prune-rate", "0 prunes nothing")
+        flag = "prune-rate" if args.final_sparsity is None else "final-sparsity"
+        refuse(flag, "0 prunes nothing")
     args.seeds, args.controls = once(args.seeds), once(args.controls)
     args.control_rounds = sorted(set(args.control_rounds or [args.rounds]))
     if args.control_rounds[-1] > args.rounds:
@@ -229,7 +232,7 @@ def complete(args, name=""):
     if round(args.rewind * args.steps) >= args.steps:
         refuse("rewind", f"{args.rewind} of {args.steps} steps leaves none to train")
     if args.samples < 4:
-        refuse("samples", "precision and recall, by 3 neighbours, need 4 at least")
+        refuse("samples", "precision and recall use 3 neighbours and need at least 4 samples")
     args.out = args.out or f"runs/{args.dataset}{name}"
     check_memory(args)
 

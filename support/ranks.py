@@ -1,4 +1,4 @@
-"""Several processes as one, under torchrun; without it every function here does the obvious."""
+"""Several processes as one, under torchrun; without it, everything behaves as for one process."""
 import contextlib
 import datetime
 import os
@@ -16,13 +16,13 @@ def ranks():
 
 
 def first():
-    """Whether this is rank 0, the one that writes files and speaks."""
+    """Whether this is rank 0, the one that writes files and prints."""
     return ranks()[0] == 0
 
 
 @contextlib.contextmanager
 def together():
-    """Meet the other ranks for this block: over gloo on CPUs, NCCL on GPUs. Rank 0 alone speaks."""
+    """Meet the other ranks for this block: over gloo on CPUs, NCCL on GPUs. Rank 0 alone prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return

@@ -32,7 +32,7 @@ def clock(seconds):
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-SAME = "method", "experiment", "data_hash", "classifier_hash"  # of all that one folder holds
+SAME = "method", "experiment", "data_hash", "classifier_hash"  # may not change in a folder
 
 
 def write_config(exp, method, margin):
@@ -213,13 +213,13 @@ def draw_run(exp, sizes):
     note = (f"{a.dataset}, U-Net {a.preset}, {a.steps:,} steps of {a.batch}, back to step {exp.k}; "
             f"{a.sampler} with {a.nfe} network evaluations; n={a.samples:,} samples; seeds "
             f"{', '.join(map(str, a.seeds))}.")
-    draw_samples(a, rows, states, note)
+    draw_sample_rows(a, rows, states, note)
     draw_quality(a, rows, exp.reference, len(exp.real), note)
     draw_layers(a, states, sizes, note)
     draw_losses(a, rows, states, note)
 
 
-def draw_samples(args, rows, states, note):
+def draw_sample_rows(args, rows, states, note):
     """A row of samples per network; columns share the starting noise."""
     tiles = []
     for job, state in states.items():

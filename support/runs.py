@@ -1,7 +1,7 @@
-"""What a run keeps and survives: whole files or none, state files, the lock, resume, provenance.
+"""Files that survive crashes: atomic writes, state files, locking, resuming, provenance.
 
-Every failure here is one OSError that names the file and the way out. A file that may be good is
-never deleted, and no message advises deleting one.
+A file that cannot be read or written is one OSError that names it and what to do. A file that may
+be good is never deleted, and no message advises deleting one.
 """
 import contextlib
 import csv
@@ -36,7 +36,7 @@ FORMAT = 3  # of state files; a file of another version is refused
 # Names that atomic() gives to files which it has not finished, of files that a run makes.
 UNFINISHED = re.compile(
     r"(config\.json|results\.csv|table\.md|theta_k\.pt|model(\.partial)?\.pt"
-    r"|round\d\d_[a-z]+(\.partial)?\.(pt|ticket))\.[0-9a-f]{16}\.part")
+    r"|[a-z_]+\.png|round\d{2,}_[a-z]+(\.partial)?\.(pt|ticket))\.[0-9a-f]{16}\.part")
 ABSENT = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES,
               errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
@@ -203,8 +203,8 @@ def load_state(path, needed=()):
         state = read_torch(path)
         version, _ = state["format"], [state[name] for name in needed]
     except FileNotFoundError:
-        raise OSError(f"{path} is missing, though later runs build on it: put it back, or choose "
-                      "a new --out") from None
+        raise OSError(f"{path} is missing and needed by later training runs: put it back, or "
+                      "choose a new --out") from None
     except OSError as error:
         raise OSError(f"{path} cannot be read: {reason(error)}") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -339,8 +339,8 @@ def resumable(path, guard, extra=dict):
 def session(args, parser, free):
     """(Guard, {"device": what is used and why}) for a run on the folder args.out.
 
-    Mistakes end in one line, ranks meet, the folder is made and held, other flags than it was made
-    with are refused, except those in `free`.
+    Errors end in one line; ranks join; the folder is created and locked; changed flags are refused,
+    except those in `free`.
     """
     with cli.one_line(parser, args.out), ranks.together():
         if args.batch % ranks.ranks()[1]:
@@ -407,7 +407,7 @@ def write_config(args, facts, same=()):
 
 @functools.lru_cache(maxsize=None)
 def commit():
-    """What git says of this code when first asked, before results count as a change; or None."""
+    """`git describe` of this code, read before results make the tree dirty; None without git."""
     command = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError):  # no git here
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

@@ -30,7 +30,8 @@ class Verdict:
 
     def __str__(self):
         if self.winning is None:
-            return f"n={self.n}, no verdict{self.why}"
+            few = " (it needs 3 seeds)" if self.n < 3 else ""
+            return f"n={self.n}, no verdict{few}{self.why}"
         said = "winning" if self.winning else "not shown to win"
         adjusted = "" if self.p_holm is None else f", Holm {self.p_holm:.3g}"
         effects = ", ".join(f"ticket - {arm} {mean:+.4g} [{low:+.4g}, {high:+.4g}]"

@@ -64,7 +64,7 @@ def test_verdict_is_paired_by_seed():
 
 def test_no_verdict():
     two = {arm: {0: v[0], 1: v[1]} for arm, v in table((10, 11, 12)).items()}
-    assert str(verdict(two)) == "n=2, no verdict" and verdict(two).winning is None
+    assert str(verdict(two)) == "n=2, no verdict (it needs 3 seeds)" and verdict(two).winning is None
     diverged = verdict(table((10, 11, math.nan)))
     assert diverged.winning is None and "ticket" in str(diverged)
     with pytest.raises(ValueError, match="random"):
