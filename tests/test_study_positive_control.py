@@ -14,7 +14,7 @@ def test_a_short_run(monkeypatch, capsys, tmp_path):
     images, labels = (part[:1120] for part in data.load_images("digits", "data"))
     sets = [(images[a:b].float() / 255, labels[a:b]) for a, b in ((0, 1000), (1000, 1060), (1060, 1120))]
     monkeypatch.setattr(positive_control, "load", lambda folder: sets)
-    positive_control.main([*"--nets lenet conv --steps 60 --rounds 1 --out".split(), str(tmp_path)])
+    positive_control.main([*"--nets lenet conv --steps 40 --rounds 1 --out".split(), str(tmp_path)])
     tables = {}
     for net in ("lenet", "conv"):
         with open(tmp_path / f"positive_control_{net}.csv", encoding="utf-8") as file:
@@ -25,7 +25,7 @@ def test_a_short_run(monkeypatch, capsys, tmp_path):
     assert float(tables["lenet"][1]["weights_left"]) == pytest.approx(first, abs=1e-5)
     for rows in tables.values():
         assert [row["arm"] for row in rows] == ["dense", "ticket", "reinit", "random", "oneshot"]
-        assert float(rows[0]["accuracy"]) > 0.75
+        assert float(rows[0]["accuracy"]) > 0.6
         assert len({row["weights_left"] for row in rows[1:4]}) == 1
         # after one round the single cut is the ticket
         assert rows[1]["accuracy"] == rows[4]["accuracy"]
