@@ -26,8 +26,8 @@ class Study(cli.Parser):
     def __init__(self, name, doc):
         super().__init__(prog=name, description=doc.split("\n")[0])
         short = name.split(".")[-1]
-        self.add_argument("--out", default="results", type=cli.path,
-                          help=f"folder of {short}* (default: results)")
+        self.add_argument("--out", default=os.path.join("runs", "studies"), type=cli.path,
+                          help=f"folder of {short}* (default: runs/studies; committed: results)")
 
     @contextlib.contextmanager
     def arguments(self, argv=None, owned=None):
@@ -97,6 +97,8 @@ def rows_of(args):
 
 def take_dense(source, args):
     """Take over the dense networks of another run's folder, unless they are there already."""
+    if source not in (None, args.out):
+        runs.claim(args.out)
     for job in lth.jobs(args) if source not in (None, args.out) else ():
         if job.round == 0:
             theta = lth.theta_path(source, job.seed), lth.theta_path(args.out, job.seed)

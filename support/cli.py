@@ -61,6 +61,10 @@ def one_line(parser, out=None):
     kept = f" Finished work is kept in {out}." if out else ""
     try:
         yield
+    except BrokenPipeError:  # the reader of `| head` has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        again = " The same command goes on from here." if out else ""
+        parser.exit(1, f"stdout was closed.{kept}{again}\n")
     except (OSError, Mistake) as error:
         parser.error(str(error))
     except (FloatingPointError, OutOfMemory) as error:
@@ -144,6 +148,8 @@ evaluations = checked(int, lambda n: 1 <= n <= 1000 and 1000 // n * n >= 950,
 
 def path(text):
     """A path as users write it: ~ and $VARIABLES are expanded."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
     return os.path.expandvars(os.path.expanduser(text))
 
 
@@ -156,7 +162,7 @@ def once(values):
 
 def add_data_flags(parser):
     """Where data comes from and what computes."""
-    parser.add_argument("--data-dir", type=path, default=os.environ.get("LTH_DATA", "data"),
+    parser.add_argument("--data-dir", type=path, default=os.environ.get("LTH_DATA") or "data",
                         help="folder of the data sets (default: $LTH_DATA or data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
 

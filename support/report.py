@@ -32,7 +32,7 @@ def clock(seconds):
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-SAME = "method", "experiment", "data_hash", "classifier_hash"  # may not change in a folder
+SAME = "experiment", "data_hash", "classifier_hash"  # may not change in a folder
 
 
 def write_config(exp, method, margin):
@@ -162,7 +162,8 @@ def train_alone(args, guard, model, diffusion, images, train, draw_samples):
     path, partial = f"{args.out}/model.pt", f"{args.out}/model.partial.pt"
     model = model.to(device)
     if rank == 0:
-        runs.write_config(args, runs.provenance("ddpm.py", device))
+        runs.write_config(args, runs.provenance(" ".join(sys.argv), device,
+                                                 method="ddpm.py"))
     if not os.path.exists(path):
         with runs.resumable(partial, guard) as (state, seconds), cli.training_memory():
             ema, losses = train(model, diffusion, images.to(device), seed=args.seed, state=state,

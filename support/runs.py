@@ -37,6 +37,12 @@ FORMAT = 3  # of state files; a file of another version is refused
 UNFINISHED = re.compile(
     r"(config\.json|results\.csv|table\.md|theta_k\.pt|model(\.partial)?\.pt"
     r"|[a-z_]+\.png|round\d{2,}_[a-z]+(\.partial)?\.(pt|ticket))\.[0-9a-f]{16}\.part")
+# What a run writes: other people's files of these names are not overwritten.
+WRITTEN = re.compile(
+    r"results\.csv|table\.md|log\.jsonl|model(\.partial)?\.pt|samples(_by_sparsity)?\.png"
+    r"|(quality_vs_sparsity|layers|losses)\.png|theta_k\.pt"
+    r"|round\d{2,}_[a-z]+(\.partial)?\.(pt|ticket)")
+MARK = "This folder was made by a run of lth_diffusion.py or ddpm.py.\n"
 ABSENT = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES,
               errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
@@ -148,7 +154,7 @@ def writable(folders, flag="--data-dir"):
     """The first folder that can be written to, or made (not here). OSError names the flag."""
     for folder in folders:
         parent = os.path.abspath(folder)
-        while not os.path.exists(parent):
+        while not os.path.lexists(parent):  # a link to nowhere counts as there
             parent = os.path.dirname(parent)
         with contextlib.suppress(OSError):
             # The superuser may write where permissions say that nobody should.
@@ -239,7 +245,7 @@ def alone_in(out):
     if not first():  # rank 0 holds it for all
         yield
         return
-    os.makedirs(out, exist_ok=True)
+    claim(out)
     with open(os.path.join(out, "lock"), "a") as file:
         with contextlib.suppress(ImportError):  # Windows has no fcntl
             import fcntl
@@ -256,13 +262,35 @@ def alone_in(out):
         yield
 
 
+def claim(out):
+    """Make the folder; OSError when it holds others' files of the names that a run writes."""
+    os.makedirs(out, exist_ok=True)
+    lock, config = os.path.join(out, "lock"), os.path.join(out, "config.json")
+    if os.path.exists(lock):
+        with open(lock, errors="replace") as file:
+            if file.read(len(MARK)) == MARK:
+                return
+    if os.path.exists(config):  # which check_config looks into
+        return
+    for folder in [out, *seed_folders(out)]:
+        for name in filter(WRITTEN.fullmatch, os.listdir(folder)):
+            raise OSError(f"argument --out: {os.path.join(folder, name)} is there, but not of a "
+                          "run (no config.json): choose another --out")
+    if not os.path.exists(lock):
+        with open(lock, "w") as file:
+            file.write(MARK)
+
+
+def seed_folders(out):
+    """The folders seed0, seed1, .. of a run that are no links."""
+    paths = [os.path.join(out, name) for name in os.listdir(out)
+             if re.fullmatch(r"seed\d+", name)]
+    return [path for path in paths if os.path.isdir(path) and not os.path.islink(path)]
+
+
 def remove_unfinished(out):
     """Delete what a killed process was writing: only our own names, only in our own folders."""
-    seeds = [os.path.join(out, name) for name in os.listdir(out)
-             if re.fullmatch(r"seed\d+", name)]
-    for folder in [out, *seeds]:
-        if folder != out and (os.path.islink(folder) or not os.path.isdir(folder)):
-            continue
+    for folder in [out, *seed_folders(out)]:
         for name in filter(UNFINISHED.fullmatch, os.listdir(folder)):
             path = os.path.join(folder, name)
             if os.path.isfile(path) and not os.path.islink(path):
@@ -349,7 +377,7 @@ def session(args, parser, free):
         writable([args.out], "--out")
         reasons = cli.settle_device(args)
         with alone_in(args.out), Guard() as guard:
-            check_config(args, free)
+            check_config(args, free, parser.prog)
             yield guard, reasons
 
 
@@ -366,19 +394,24 @@ def read_config(out):
     except OSError as error:
         raise OSError(f"{path} cannot be read: {reason(error)}; name a run's folder") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise OSError(f"{path} is damaged ({reason(error)}): name another run's folder, or a new "
-                      "--out") from error
+        raise OSError(f"{path} is not of a run of this code, or damaged ({reason(error)}): choose "
+                      "another --out") from error
     return found
 
 
-def check_config(args, free):
+def check_config(args, free, method):
     """Mistake that names the flag when the folder was made with other settings than args.
 
-    free: the flags that may differ later. Seeds add up: none that has begun may leave the table.
+    free: the flags that may differ later. method: the program that runs now. Seeds add up: none
+    that has begun may leave the table.
     """
     if not os.path.exists(os.path.join(args.out, "config.json")):
         return
-    then = read_config(args.out)["args"]
+    found = read_config(args.out)
+    then = found["args"]
+    if found.get("method") != method:
+        raise Mistake(f"argument --out: {args.out} was made by {found.get('method')}, this is "
+                      f"{method}: choose another --out")
     for name, value in vars(args).items():
         if name not in free and then.get(name) != value:
             raise Mistake(f"argument --{name.replace('_', '-')}: {args.out} was made with "

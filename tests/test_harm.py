@@ -117,7 +117,38 @@ def test_main_job_and_ddpm_do_not_share_a_folder(tmp_path, capsys):
     out = str(tmp_path / "out")
     ddpm.main([*ALONE, "--out", out])
     code, said = refusal(capsys, lth.main, *SMALL, "--out", out)
-    assert code == 2 and "choose another --out" in said
+    assert code == 2 and "was made by ddpm.py" in said and "choose another --out" in said
+
+
+@pytest.mark.parametrize("main, name", [
+    (lth.main, "results.csv"), (lth.main, "layers.png"), (lth.main, "seed0/round00_dense.pt"),
+    (lth.main, "config.json"), (ddpm.main, "samples.png"), (ddpm.main, "model.pt")])
+def test_files_of_others_are_not_overwritten(tmp_path, capsys, main, name):
+    """A folder that no run made, with a file of a name that a run writes."""
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    code, said = refusal(capsys, main, *ALONE, "--out", str(tmp_path / "out"))
+    assert code == 2 and str(path) in said and "choose another --out" in said
+    assert path.read_text() == "mine" and os.listdir(tmp_path / "out") in ([name.split("/")[0]],
+                                                                         ["config.json", "lock"],
+                                                                         ["lock", "config.json"])
+
+
+def test_a_link_to_nowhere_and_an_empty_path(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for out in (str(tmp_path / "loop"), ""):
+        code, said = refusal(capsys, lth.main, *SMALL, "--out", out)
+        assert code == 2 and "argument --out: " in said
+
+
+def test_a_reader_that_goes_away(tmp_path):
+    """`... | head -1`: said in one line, and the command goes on later."""
+    command = f"{sys.executable} lth_diffusion.py {' '.join(SMALL)} --controls --out {tmp_path}/out"
+    done = subprocess.run(["bash", "-c", f"({command}; echo code $? >&2) | head -1"], cwd=HERE,
+                          capture_output=True, text=True, timeout=300)
+    assert "stdout was closed." in done.stderr and "code 1" in done.stderr, done.stderr
+    assert "goes on from here" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_no_message_advises_deleting_a_file_that_may_be_good(tmp_path):

@@ -81,7 +81,7 @@ def test_margin_and_alpha(tmp_path, capsys):
 
 def test_no_verdict(tmp_path, capsys):
     two = {arm: values[:2] for arm, values in WIN.items()}
-    assert "n=2, no verdict." in told(capsys, write(tmp_path / "a.csv", two))
+    assert "n=2, no verdict (it needs 3 seeds)." in told(capsys, write(tmp_path / "a.csv", two))
     diverged = WIN | dict(ticket=(10.1, math.nan, 12.1))
     assert "n=3, no verdict: ticket not finite." in told(capsys, write(tmp_path / "a.csv", diverged))
     out = told(capsys, write(tmp_path / "a.csv", WIN | dict(random=(20, 21))))
