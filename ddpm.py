@@ -406,7 +406,7 @@ def main(argv=None):
     args.out = args.out or f"runs/ddpm_{args.dataset}"
     with cli.one_line(parser):
         check_model(args)
-    with runs.session(args, parser, FREE) as (guard, reasons):
+    with runs.open_folder(args, parser, FREE) as (guard, reasons):
         print(f"{args.dataset}, U-Net {args.preset} on {reasons['device']}", flush=True)
         images, _ = data.load_images(args.dataset, args.data_dir)
         torch.manual_seed(args.seed)

@@ -376,7 +376,7 @@ def check_args(args):
 # --------------------------------------------------------------------------- the run
 def run(args, parser, find=find_tickets, plan=jobs, experiment=Experiment):
     """Do each training run that is not done yet; print and draw what came out -> experiment."""
-    with runs.session(args, parser, FREE) as (guard, reasons):
+    with runs.open_folder(args, parser, FREE) as (guard, reasons):
         exp = experiment(args, guard)
         exp.planned = plan(args)
         ranks.wait_for_all()

@@ -364,7 +364,7 @@ def resumable(path, guard, extra=dict):
 
 
 @contextlib.contextmanager
-def session(args, parser, free):
+def open_folder(args, parser, free):
     """(Guard, {"device": what is used and why}) for a run on the folder args.out.
 
     Errors end in one line; ranks join; the folder is created and locked; changed flags are refused,
