@@ -211,11 +211,12 @@ class EMA:
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
 
 
-def learning_rate(step, steps, lr, schedule, warmup):
-    """The rate at `step` of `steps`: linear warm-up, and "constant", "linear" or "cosine" decay."""
+def learning_rate(step, steps, lr, schedule, warmup, start=0):
+    """The rate at `step` of `steps`: a linear warm-up over `warmup` steps from `start` on, when the
+    optimizer is new, times "constant", "linear" or "cosine" decay."""
     done = step / steps
     decay = dict(constant=1.0, linear=1 - done, cosine=0.5 * (1 + math.cos(math.pi * done)))
-    return lr * min(1.0, (step + 1) / max(warmup, 1)) * decay[schedule]
+    return lr * min(1.0, (step - start + 1) / max(warmup, 1)) * decay[schedule]
 
 
 def make_optimizer(name, parameters, lr, beta2=0.999):
@@ -287,10 +288,16 @@ def capture(step, model, ema, opt, log):
 
 
 def restore(state, model, ema, opt, log):
-    """Undo capture, to the bit; return the step to go on with."""
+    """Undo capture, to the bit; return the step to go on with. An optimizer of None stays new."""
     model.load_state_dict(state["model"])
     ema.model.load_state_dict(state["ema"])
-    opt.load_state_dict(state["optimizer"])
+    if state["optimizer"] is not None:
+        opt.load_state_dict(state["optimizer"])
+    for p, moments in opt.state.items():
+        for name, value in moments.items():
+            if torch.is_tensor(value):  # a copy; moments lie in memory as their weights do
+                like = p if value.shape == p.shape else value
+                moments[name] = torch.empty_like(like, dtype=value.dtype).copy_(value)
     ema.updates, log.means = state["ema_updates"], list(state["losses"])
     total, log.count = state["window"]
     log.sum = torch.full_like(log.sum, total)
@@ -305,18 +312,20 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4,
 
     images: uint8 (N, C, H, W) on the model's device. after_backward(step, model) sees gradients
     before clipping; if it returns True, the step makes no update. after_step(step, model, opt,
-    ema) runs after the update. checkpoint(step, get_state): get_state(), passed as `state` later,
-    goes on from there to the bit. rank of world processes trains on its share of the batches.
-    FloatingPointError for a loss that is not finite.
+    ema) runs after the update. checkpoint(step, get_state) runs before the first step and after
+    each: get_state(), passed as `state` later, goes on from there to the bit, whatever `start` is.
+    rank of world processes trains on its share of the batches. FloatingPointError for a loss that
+    is not finite.
     """
     device, T = images.device, diffusion.T
     opt = make_optimizer(optimizer, model.to(memory_format=LAST).train().parameters(), lr, beta2)
     ema, log = EMA(model, ema_decay, warmup=True), LossLog(max(1, steps // 100), label, device)
-    if state is not None:
-        start = restore(state, model, ema, opt, log)
+    first = start if state is None else restore(state, model, ema, opt, log)
+    if checkpoint is not None:
+        checkpoint(first, lambda: capture(first, model, ema, opt, log))
     generator, parallel = torch.Generator(device), torch.nn.parallel.DistributedDataParallel
     network = parallel(model) if world > 1 else model  # averages gradients over the ranks
-    bar = tqdm(range(start, steps), desc=label, unit="step", mininterval=0.5, leave=False,
+    bar = tqdm(range(first, steps), desc=label, unit="step", mininterval=0.5, leave=False,
                disable=True if rank else None)
     for step in bar:
         x0, t, noise = batch_at(images, step, seed, batch, flip, T, generator, rank, world)
@@ -326,7 +335,7 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4,
         loss.backward()
         # Update the weights.
         for group in opt.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, lr_schedule, warmup)
+            group["lr"] = learning_rate(step, steps, lr, lr_schedule, warmup, start)
         if after_backward is None or not after_backward(step, model):
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             opt.step()
@@ -366,10 +375,10 @@ def denoiser(model, precision="fp32"):
 
 
 def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=50, batch=128,
-                 label="sample", decode=None, share=None):
+                 seed=0, label="sample", decode=None, share=None):
     """uint8 images (N, C, H, W) on the CPU from noise x_T (N, C, H, W), batch by batch.
 
-    Stochastic samplers seed their noise by the batch, so every model gets the same. decode: makes
+    Stochastic samplers draw their noise by seed and batch, the same for every model. decode: makes
     uint8 images of latents. share(function, items, label): a map that several processes divide.
     """
     predict, device = denoiser(model, precision), next(model.parameters()).device
@@ -377,7 +386,7 @@ def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=
 
     def draw(part):
         number, noise = part
-        generator = torch.Generator().manual_seed(SAMPLER_SEED + number)
+        generator = torch.Generator().manual_seed(SAMPLER_SEED + 1000 * seed + number)
         x = sample(predict, diffusion, noise.to(device), sampler, steps, clip=decode is None,
                    generator=generator)
         return (decode or to_uint8)(x).cpu()

@@ -18,13 +18,16 @@ import torch
 
 import metrics
 from ddpm import Diffusion, as_input, check_model, denoiser, draw_samples, train
-from prune import (apply_masks, dense_masks, least_kept, live_total, mask_hooks, pack_masks,
-                   prunable, prune_magnitude, random_masks, rewind, save_ticket, unpack_masks)
+from prune import (apply_masks, at_minimum, dense_masks, least_kept, live_total, mask_hooks,
+                   pack_masks, prunable, prune_magnitude, random_masks, rewind, save_ticket,
+                   unpack_masks)
 from support import cli, data, ranks, report, runs
 from unet import PRESETS, UNet, narrower
 
 VAL_IMAGES = 2000  # held-out images behind val_loss, each with one fixed t and noise
-EVAL_SEED = 1234  # of x_T and of val_loss's t and noise: the same for every network
+RANGES = 5  # of t, equally long, that val_loss is split into
+EVAL_SEED = 1234  # of val_loss's noise: the same for every network
+X_T_SEED = 3_000_000  # added to the seed for the noise that its networks are sampled from
 MARGIN = 0.10  # of dense: how much worse a ticket may be and count as equal; fixed before the runs
 REINIT_SEED = 500_000  # added to the seed for the control's new initialisation
 MASK_SEED = 700_000  # of masks drawn or shuffled at random
@@ -52,18 +55,19 @@ def find_tickets(args, exp):
     """Iterative magnitude pruning with rewinding (Frankle, Dziugaite, Roy and Carbin, Linear Mode
     Connectivity and the Lottery Ticket Hypothesis, 2020, 1912.05671)."""
     for seed in args.seeds:
-        # Train the dense network; keep its weights at step k, which tickets go back to.
+        # Train the dense network; keep its whole training state at step k: tickets go back there.
         dense = last = exp.train_dense(seed)
         masks = dense.masks
         for r in range(1, args.rounds + 1):
             # 1. Prune the smallest of the trained weights that are left.
-            masks = prune_magnitude(last.model, masks, args.prune_rate, args.scope)
-            # 2. Rewind: each weight that is left returns to its value at step k.
+            masks = prune_magnitude(last.model, masks, args.prune_rate, args.scope,
+                                    score=args.score)
+            # 2. Rewind: each weight that is left returns to its state at step k, moments included.
             ticket = exp.new_model(seed)
-            rewind(ticket, masks, dense.theta)
+            start = rewind(ticket, masks, dense.checkpoint)
             # 3. Retrain from there; the next round prunes what comes out.
             pruned, job = last, Job(seed, r, "ticket")
-            last = exp.train(job, ticket, masks, start=exp.k, after=pruned.spent)
+            last = exp.train(job, ticket, masks, start, after=pruned.spent)
             # What the ticket is compared with.
             for arm, model, its_masks, options in controls(exp, job, masks, dense, pruned):
                 exp.train(Job(seed, r, arm), model, its_masks, **options)
@@ -77,16 +81,15 @@ def controls(exp, job, masks, dense, pruned, after=None):
     arms, after = controls_at(exp.args, job.round), after or pruned.spent
     if "reinit" in arms:  # the same mask on new weights: do the early weights matter?
         model = exp.new_model(REINIT_SEED + job.seed)
-        yield "reinit", model, masks, dict(start=0, after=after)
+        yield "reinit", model, masks, dict(after=after)
     if "random" in arms:  # as many weights per layer, elsewhere: does the choice matter?
         model, shuffled = exp.new_model(job.seed), random_masks(masks, generator_of(job))
-        rewind(model, shuffled, dense.theta)
-        yield "random", model, shuffled, dict(start=exp.k, after=after)
+        state = rewind(model, shuffled, dense.checkpoint)
+        yield "random", model, shuffled, dict(state=state, after=after)
     if "finetune" in arms:  # the trained weights kept: does going back matter?
-        low = dict(lr=FINETUNE_LR * exp.args.lr, lr_schedule="constant", warmup=0)
-        model = copy.deepcopy(pruned.model)
+        model, low = copy.deepcopy(pruned.model), exp.finetuning(pruned.model, pruned.ema, masks)
         low["after"] = max(after, pruned.spent)  # the later of mask and weights
-        yield "finetune", model, masks, dict(start=exp.k) | low
+        yield "finetune", model, masks, low
     if "small" in arms:  # a narrower dense network of as many weights: does sparsity matter?
         yield "small", exp.narrower_model(job.seed, live_total(masks)), None, {}
 
@@ -95,15 +98,10 @@ def jobs(args):
     """Every training run, exactly those of find_tickets, in its order."""
     planned = []
     for seed in args.seeds:
-        planned += dense_jobs(args, seed)
+        planned.append(Job(seed, 0, "dense"))
         for r in range(1, args.rounds + 1):
             planned += [Job(seed, r, arm) for arm in ("ticket", *controls_at(args, r))]
     return planned
-
-
-def dense_jobs(args, seed):
-    """The dense network and, where k > 0, its twin: the same from step k with a fresh optimizer."""
-    return [Job(seed, 0, arm) for arm in ("dense", "twin")[:1 + (rewind_step(args) > 0)]]
 
 
 def controls_at(args, r):
@@ -124,12 +122,12 @@ def generator_of(job):
 
 # --------------------------------------------------------------------------- one training run
 class Trained(NamedTuple):
-    """What a training run ended with. theta: the weights at step k, of a dense run."""
+    """What a training run ended with. checkpoint: the state at step k, of a dense run."""
     model: UNet
     ema: UNet
     masks: dict
     row: dict
-    theta: dict = None
+    checkpoint: dict = None
 
     @property
     def spent(self):
@@ -152,20 +150,20 @@ class Experiment:
         self.classifier = metrics.load_classifier(args.dataset, self.images, labels)
         self.hashes = dict(data_hash=runs.images_hash(self.images),
                            classifier_hash=runs.weights_hash(self.classifier))
-        self.extractors, self.reference = {}, {}
-        self.add_extractor("_domain", self.classifier)
+        self.extractors, self.reference = {}, dict(mean_pixel=self.test.float().mean().item())
+        self.add_extractor("_domain", self.classifier, torch.bincount(labels) / len(labels))
         self.why_inception = self.find_inception()
         self.images = self.images.to(self.device)
 
-    def add_extractor(self, suffix, model):
+    def add_extractor(self, suffix, model, shares=None):
         """Measure in this model's features: columns that end in suffix; what real images score."""
         images, test, n = self.images, self.test, len(self.real)
         moments = metrics.reference_statistics(model, images, self.args.dataset)
         key = f"n{n}-{runs.images_hash(test)}-{runs.images_hash(images)}"
-        scores = runs.cached(f"real-{key}-{runs.weights_hash(model)}.pt", lambda:
-                             metrics.real_reference(model, moments, images, test, n))
+        scores = runs.cached(f"real-2-{key}-{runs.weights_hash(model)}.pt", lambda:
+                             metrics.real_reference(model, moments, images, test, n, shares))
         self.reference |= {column + suffix: value for column, value in scores.items()}
-        self.extractors[suffix] = model, moments, metrics.features(model, self.real)
+        self.extractors[suffix] = model, moments, metrics.features(model, self.real), shares
 
     def find_inception(self):
         """Measure with Inception too, or say why its columns stay blank."""
@@ -202,22 +200,25 @@ class Experiment:
         return cli.training_options(self.args) | shared | changed
 
     def train_dense(self, seed):
-        """The dense network of a seed; and its twin, a control, where there is one."""
-        dense = self.train(Job(seed, 0, "dense"), self.new_model(seed), keep_step=self.k)
-        if self.k:
-            twin = self.new_model(seed)
-            twin.load_state_dict(dense.theta)
-            macs = 3 * dense.row["macs_dense"] * self.args.batch * self.k
-            self.train(Job(seed, 0, "twin"), twin, start=self.k, after=(self.k, macs))
-        return dense
+        """The dense network of a seed, with its checkpoint of step k."""
+        return self.train(Job(seed, 0, "dense"), self.new_model(seed), keep_step=self.k)
 
-    def train(self, job, model, masks=None, *, hooks=None, after=(0, 0), each=None,
+    def finetuning(self, model, ema, masks):
+        """Options of train() that go on from trained weights and their average, from step k on:
+        Adam starts anew, behind a warm-up, at a tenth of the rate."""
+        state = dict(step=self.k, model=model.state_dict(), ema=ema.state_dict(), optimizer=None,
+                     ema_updates=self.args.steps, losses=[], window=(0.0, 0))
+        low = dict(start=self.k, lr=FINETUNE_LR * self.args.lr, lr_schedule="constant")
+        return low | dict(state=rewind(model, masks, state))
+
+    def train(self, job, model, masks=None, state=None, *, hooks=None, after=(0, 0), each=None,
               keep_step=None, **changed):
         """Train `model` in place and measure it, or load the job's file if it exists -> Trained.
 
-        hooks(model, masks): the hooks of ddpm.train, if not those that keep masks. after: (steps,
-        MACs) spent before. each(dense, live): MACs per image and step, if not three evaluations.
-        keep_step: the step whose weights are kept, as theta. changed: options of ddpm.train.
+        state: what training goes on from; None: step 0. hooks(model, masks): the hooks of
+        ddpm.train, if not those that keep masks. after: (steps, MACs) spent before. each(dense,
+        live): MACs per image and step, if not three evaluations. keep_step: the step whose state
+        is kept, as checkpoint. changed: options of ddpm.train.
         """
         out, options = self.args.out, self.options(job, **changed)
         path, partial = job.path(out), job.path(out, ".partial.pt")
@@ -226,27 +227,26 @@ class Experiment:
             return self.load(job)
         if masks is not None:
             apply_masks(model, masks)
-        if keep_step == 0:
-            runs.save_state(theta_path(out, job.seed), model=model.state_dict())
+        first = state["step"] if state else 0
 
         def checkpoint(step, get_state):
             if step == keep_step:
-                runs.save_state(theta_path(out, job.seed), **get_state())
+                runs.save_state(checkpoint_path(out, job.seed), **get_state())
             self.guard(step, get_state)
 
         def packed():
             return dict(masks=None if masks is None else pack_masks(masks))
-        with runs.resumable(partial, self.guard, packed) as (state, seconds), \
+        with runs.resumable(partial, self.guard, packed) as (saved, seconds), \
                 runs.PeakMemory(self.device) as memory, cli.training_memory():
-            if state is not None and state["masks"] is not None:
-                masks = unpack_masks(model, state["masks"])  # a score need not come out equal twice
+            if saved and saved["masks"] is not None:
+                masks = unpack_masks(model, saved["masks"])  # a score need not come out equal twice
             if masks is not None or hooks is not None:
                 options |= (hooks or mask_hooks)(model, masks)
-            ema, losses = train(model, self.diffusion, self.images, state=state,
+            ema, losses = train(model, self.diffusion, self.images, state=saved or state,
                                 checkpoint=checkpoint, **options)
         ranks.same_on_all(packed()["masks"])
         row = dict(train_loss=losses[-1][1], train_seconds=seconds(), train_memory=memory.bytes,
-                   steps=options["steps"] - options.get("start", 0))
+                   steps=options["steps"] - first)
         masks = masks or dense_masks(model)
         pictures, row = self.measure(job, ema.model, masks, row, after, each)
         runs.save_state(path, config=model.config, model=model.state_dict(), pictures=pictures,
@@ -259,12 +259,13 @@ class Experiment:
 
     def load(self, job):
         """What a finished job ended with -> Trained; its row joins the table."""
-        state, theta = runs.load_state(job.path(self.args.out), FINISHED), None
+        state, checkpoint = runs.load_state(job.path(self.args.out), FINISHED), None
         model, masks = self.rebuild(state)
         if job.arm == "dense":
-            theta = runs.load_state(theta_path(self.args.out, job.seed), ["model"])["model"]
+            path = checkpoint_path(self.args.out, job.seed)
+            checkpoint = runs.load_state(path, ["step", "model", "ema", "optimizer"])
         self.rows[job] = state["row"]
-        return Trained(model, self.rebuild(state, "ema")[0], masks, state["row"], theta)
+        return Trained(model, self.rebuild(state, "ema")[0], masks, state["row"], checkpoint)
 
     def rebuild(self, state, weights="model"):
         """(model, masks) of a finished state: online weights, or weights="ema"."""
@@ -280,16 +281,16 @@ class Experiment:
         total = live_total(dense_masks(self.new_model(0)))
         with runs.PeakMemory(self.device) as memory:
             began = time.monotonic()
-            samples = self.draw(model, label=f"{job}: sample")
+            samples = self.draw(model, job.seed, label=f"{job}: sample")
             seconds = time.monotonic() - began
         x = torch.zeros(1, *self.images.shape[1:], device=self.device)
         macs = metrics.count_macs(model, x, torch.zeros(1, device=self.device), masks).values()
         dense, alive = (sum(one[i] for one in macs) for i in (0, 1))
         per_image = each(dense, alive) if each else 3 * alive  # forward, and twice backward
-        row = row | self.quality(samples) | dict(
+        row = row | self.quality(samples) | self.errors(model) | dict(
             seed=job.seed, round=job.round, arm=job.arm, sparsity=1 - live / total,
-            live_weights=live, total_weights=total, n_samples=a.samples,
-            val_loss=self.val_loss(model), macs_dense=dense, macs_live=alive,
+            live_weights=live, total_weights=total, n_samples=a.samples, macs_dense=dense,
+            layers_at_minimum=len(at_minimum(masks)), macs_live=alive,
             train_steps_total=after[0] + row["steps"],
             train_macs_total=round(after[1] + per_image * a.batch * row["steps"]),
             seconds_per_1000=1000 * seconds / a.samples, sample_memory=memory.bytes)
@@ -299,43 +300,54 @@ class Experiment:
                 row["ticket_bytes"] = os.path.getsize(temporary)
         return samples[:16], row
 
-    def draw(self, model, n=None, x_T=None, **changed):
-        """n samples uint8 (n, C, H, W), from the x_T that all networks share or the one given."""
-        a, x_T = self.args, self.x_T(n or self.args.samples) if x_T is None else x_T
-        options = dict(precision=a.precision, sampler=a.sampler, steps=a.nfe, decode=self.decode,
-                       share=ranks.share) | changed
+    def draw(self, model, seed=0, n=None, x_T=None, **changed):
+        """n samples uint8 (n, C, H, W), from the noise that the seed's networks share or x_T."""
+        a, x_T = self.args, self.x_T(n or self.args.samples, seed) if x_T is None else x_T
+        options = dict(precision=a.precision, sampler=a.sampler, steps=a.nfe, seed=seed,
+                       decode=self.decode, share=ranks.share) | changed
         with cli.sampling_memory():
             return draw_samples(model, self.diffusion, x_T, **options)
 
-    def x_T(self, n):
-        """The starting noise (n, C, H, W) that every network is sampled from."""
-        generator = torch.Generator().manual_seed(EVAL_SEED)
+    def x_T(self, n, seed=0):
+        """The starting noise (n, C, H, W) that every network of a seed is sampled from."""
+        generator = torch.Generator().manual_seed(X_T_SEED + seed)
         return torch.randn(n, *self.images.shape[1:], generator=generator)
 
     def quality(self, samples):
         """The quality columns of uint8 samples; the domain classifier's end in _domain."""
-        columns = {}
+        columns = dict(mean_pixel=samples.float().mean().item())
         with cli.memory_for("measuring samples", "lower --samples"):
-            for suffix, (model, moments, real) in self.extractors.items():
+            for suffix, (model, moments, real, shares) in self.extractors.items():
                 extract = functools.partial(ranks.share_rows, metrics.features)
-                found = metrics.quality(model, samples, real, moments, extract)
+                found = metrics.quality(model, samples, real, moments, shares, extract)
                 columns |= {column + suffix: value for column, value in found.items()}
         return columns
 
-    def val_loss(self, model):
-        """Held-out mean squared error, t spread evenly, noise fixed: paired across networks."""
+    def errors(self, model):
+        """val_loss, the mean squared error on eps of held-out images, whatever the network
+        predicts; and val_loss_t0 .. val_loss_t4, by ranges of t from little noise to much. t is
+        spread evenly and the noise is fixed, the same for all networks."""
         predict, x0 = denoiser(model, self.args.precision), as_input(self.test[:VAL_IMAGES])
         t = torch.linspace(0, self.diffusion.T - 1, len(x0)).round().long()
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(EVAL_SEED))
         parts = list(zip(*(v.to(self.device).split(250) for v in (x0, t, noise))))
 
-        def total(part):
-            return self.diffusion.loss(predict, *part).item() * len(part[0])
-        return sum(ranks.share(total, parts)) / len(x0)
+        def squared(part):
+            x0, t, noise = part
+            eps = self.diffusion.predict(predict, self.diffusion.q_sample(x0, t, noise), t)
+            return (eps - noise).square().flatten(1).mean(1).tolist()
+        errors = torch.tensor(sum(ranks.share(squared, parts), [])).double()  # (N,), by t
+        found = {f"val_loss_t{i}": part.mean().item()
+                 for i, part in enumerate(errors.tensor_split(RANGES))}
+        return dict(val_loss=errors.mean().item()) | found
+
+    def val_loss(self, model):
+        """The first of errors(): one number for the quality of a model, lower is better."""
+        return self.errors(model)["val_loss"]
 
 
-def theta_path(out, seed):
-    return os.path.join(out, f"seed{seed}", "theta_k.pt")
+def checkpoint_path(out, seed):
+    return os.path.join(out, f"seed{seed}", "step_k.pt")
 
 
 # --------------------------------------------------------------------------- command line

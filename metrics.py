@@ -293,14 +293,19 @@ def check_images(x):
     return x
 
 
-def quality(model, images, real, reference, extract=features):
+def quality(model, images, real, reference, shares=None, extract=features):
     """{"fid", "precision", "recall"} of images uint8 [N, C, H, W] in a model's features; with
     Inception also "kid", "kid_error", "inception_score". Precision and recall stand beside FID
     because it can fall while images get worse. reference: (mu, sigma) of the training images, for
-    FID; real: features [M, D] for the rest. extract: features(), or its like on many processes."""
+    FID; real: features [M, D] for the rest. shares [K] of the classes of real images, from a
+    classifier of them: also "classes", the share of images that would have to change class to meet
+    them (total variation). extract: features(), or its like on many processes."""
     feats, logits = extract(model, images, logits=True)
     precision, recall = precision_recall(real, feats)
     columns = dict(fid=fid(feats, reference), precision=precision, recall=recall)
+    if shares is not None:
+        found = torch.bincount(logits.argmax(1), minlength=len(shares)) / len(logits)
+        columns["classes"] = (found - shares).abs().sum().item() / 2
     if not isinstance(model, InceptionV3):
         return columns
     value, error = kid(feats, real, subset_size=min(1000, min(len(feats), len(real)) // 2))
@@ -317,7 +322,7 @@ def reference_statistics(model, images, dataset, cache=None):
                         lambda: list(statistics(features(model, images))), cache))
 
 
-def real_reference(model, reference, train_images, test_images, n):
+def real_reference(model, reference, train_images, test_images, n, shares=None):
     """The real-data reference: quality() of n test images uint8 [., C, H, W], the score of a
     perfect sampler; a mean over up to REAL_DRAWS disjoint draws. FID is against `reference`, of all
     training images, the rest against n of them. ValueError for fewer than n."""
@@ -325,7 +330,7 @@ def real_reference(model, reference, train_images, test_images, n):
         raise ValueError(f"n={n} must lie between 2 and the {len(test_images)} test images")
     draws = random_draw(test_images, n * min(REAL_DRAWS, len(test_images) // n))
     real = features(model, random_draw(train_images, n))
-    found = [quality(model, draw, real, reference) for draw in draws.split(n)]
+    found = [quality(model, draw, real, reference, shares) for draw in draws.split(n)]
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 

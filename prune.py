@@ -1,14 +1,16 @@
-"""Pruning masks: choose which weights to keep, rewind to them, keep the rest at zero.
+"""Pruning masks: choose which weights to keep, go back to step k with them, keep the rest at zero.
 
-    theta_k = copy.deepcopy(model.state_dict())           # at step k; without the copy it trains on
     masks = dense_masks(model)                            # {"conv1.weight": bool tensor, ...}
     masks = prune_magnitude(model, masks, fraction=0.2)   # removes exactly 20 % of what is left
-    rewind(model, masks, theta_k)                         # weights = mask * theta_k
-    train(..., **mask_hooks(model, masks))                # pruned weights stay exactly 0.0
+    start = rewind(model, masks, checkpoint)              # the state of step k, under the masks
+    train(model, ..., state=start, **mask_hooks(model, masks))  # pruned weights stay exactly 0.0
+
+checkpoint: all that training goes on from (see rewind), or a copy of model.state_dict() alone.
 
 Masks are {parameter name: bool tensor of its shape}, True where a weight lives. They cover Conv2d
 and Linear weights, never biases or norms. Works on any nn.Module; this file can be copied alone.
 """
+import copy
 import math
 import zipfile
 
@@ -48,13 +50,40 @@ def density(masks):
 
 
 # --------------------------------------------------------------------------- choosing
-def prune_magnitude(model, masks, fraction, scope="global", layer_fractions=None):
+def prune_magnitude(model, masks, fraction, scope="global", layer_fractions=None,
+                    score="magnitude"):
     """New masks without the live weights of smallest |w| (Frankle and Carbin, The Lottery Ticket
-    Hypothesis, 2019, 1803.03635, section 1); scope: "ramp", or any that prune_scores takes."""
+    Hypothesis, 2019, 1803.03635, section 1); scope: "ramp", or any that prune_scores takes.
+
+    score, for a ranking over the whole network: "magnitude"; "normalized", |w| over the root mean
+    square of its layer's live weights; "lamp", w^2 over the sum of squares of the live weights of
+    its layer that are no smaller (Lee et al., Layer-adaptive Sparsity, 2021, 2010.07611).
+    """
     scores = {name: p.detach().abs() for name, p in prunable(model).items()}
+    if score != "magnitude":
+        scores = {name: RESCALED[score](one, masks[name]) for name, one in scores.items()}
     if scope == "ramp" and layer_fractions is None:
         layer_fractions = ramp_rates(model, fraction)
     return prune_scores(scores, masks, fraction, scope, layer_fractions)
+
+
+def normalized(size, mask):
+    """|w| over the root mean square of a layer's live weights: layers that start at zero, and stay
+    small, count as much as others."""
+    return size / size[mask].square().mean().sqrt().clamp(min=1e-30)
+
+
+def lamp(size, mask):
+    """LAMP scores of |w| (2010.07611, eq. 4), in the layer's order of |w|."""
+    squares = size.double().square().masked_fill(~mask, 0.0).flatten()
+    order = squares.argsort(descending=True, stable=True)
+    ranked = squares[order]
+    scores = torch.empty_like(ranked)
+    scores[order] = ranked / ranked.cumsum(0).clamp(min=1e-300)
+    return scores.view(size.shape)
+
+
+RESCALED = dict(normalized=normalized, lamp=lamp)
 
 
 def prune_scores(scores, masks, fraction, scope="global", layer_fractions=None):
@@ -97,6 +126,13 @@ def prune_scores(scores, masks, fraction, scope="global", layer_fractions=None):
 def least_kept(n, d):
     """The least that a layer of n weights keeps at overall density d."""
     return max(1, math.ceil(MINIMUM * d * n))
+
+
+def at_minimum(masks):
+    """The names of layers with no more live weights than the minimum: pruning emptied them."""
+    d = density(masks)
+    return [name for name, live in live_counts(masks).items()
+            if live <= least_kept(masks[name].numel(), d)]
 
 
 def minima(masks, target):
@@ -210,10 +246,35 @@ def apply_masks(model, masks):
 
 
 def rewind(model, masks, state):
-    """Weights = mask * state, biases and norms = state: the ticket goes back to step k
-    (Frankle, Dziugaite, Roy and Carbin 2020, 1912.05671, section 3)."""
-    model.load_state_dict(state)
-    apply_masks(model, masks)
+    """Go back to step k (Frankle, Dziugaite, Roy and Carbin 2020, 1912.05671, section 3): set the
+    model to mask * state, and return a copy of the state with the masks laid over all of it.
+
+    state: the whole training state, as ddpm.capture returns it (weights, their average, Adam's
+    moments, step counts), which ddpm.train(state=...) goes on from: a network that prunes nothing
+    repeats the run it came from, to the bit. Or a state_dict alone.
+    """
+    def laid(tensors):
+        return {name: covered(value, masks.get(name)) for name, value in tensors.items()}
+
+    if "optimizer" not in state:
+        back = laid(state)
+        model.load_state_dict(back)
+        return back
+    back = state | dict(model=laid(state["model"]), ema=laid(state["ema"]))
+    if state["optimizer"] is not None:
+        names = [name for name, _ in model.named_parameters()]  # it numbers them in this order
+        moments = {i: {key: covered(value, masks.get(names[i])) for key, value in one.items()}
+                   for i, one in state["optimizer"]["state"].items()}
+        back["optimizer"] = state["optimizer"] | dict(state=moments)
+    model.load_state_dict(back["model"])
+    return back
+
+
+def covered(value, mask):
+    """A copy of a weight, or of a moment of its shape, at exactly 0.0 where it is pruned."""
+    if mask is None or getattr(value, "shape", None) != mask.shape:
+        return copy.deepcopy(value)
+    return value.masked_fill(~mask.to(value.device), 0.0)
 
 
 def mask_hooks(model, masks):

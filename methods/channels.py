@@ -9,12 +9,14 @@ Fang, Ma and Wang, Structural Pruning for Diffusion Models, 2023, 2305.10924).
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module:  python -m methods.channels")
 
+import copy
+
 import torch
 
 import lth_diffusion as lth
-from lth_diffusion import FINETUNE_LR, REINIT_SEED, Job
+from lth_diffusion import REINIT_SEED, Job
 from methods import oneshot
-from prune import keep_largest, live_counts, live_total
+from prune import dense_masks, keep_largest, live_counts, live_total
 from unet import ResBlock, UNet
 
 CUT = ("conv1.weight", "conv1.bias", "time.weight", "time.bias", "norm2.weight", "norm2.bias",
@@ -100,38 +102,63 @@ def shrink(model, channels):
     return small
 
 
+def shrink_state(model, channels, state):
+    """A training state of `model` (see ddpm.capture), cut as shrink cuts the network: weights,
+    their average, and the optimizer's moments. The counterpart of prune.rewind."""
+    def cut(tensors):
+        whole = copy.deepcopy(model)
+        whole.load_state_dict(tensors)
+        return shrink(whole, channels).state_dict()
+
+    back = state | dict(model=cut(state["model"]), ema=cut(state["ema"]))
+    old = state["optimizer"]
+    if old is None or not old["state"]:
+        return back
+    names = [name for name, _ in model.named_parameters()]  # an optimizer numbers them so
+    new = {i: dict(one) for i, one in old["state"].items()}
+    for key, value in old["state"][0].items():
+        if value.dim():  # a moment of every weight, which is cut as if it were the weight
+            moments = {name: old["state"][i][key] for i, name in enumerate(names)}
+            moments = cut(model.state_dict() | moments)
+            for i, name in enumerate(names):
+                new[i][key] = moments[name]
+    return back | dict(optimizer=old | dict(state=new))
+
+
 def find_tickets(args, exp):
     """Train, prune channels, rewind, repeat; with --oneshot, one cut per control round."""
     for seed in args.seeds:
         dense = last = exp.train_dense(seed)
         channels = every = dense_channels(dense.model)
         theta = exp.new_model(seed)
-        theta.load_state_dict(dense.theta)
+        theta.load_state_dict(dense.checkpoint["model"])
         for r in args.control_rounds if args.oneshot else range(1, args.rounds + 1):
             job, fraction, before = Job(seed, r, "ticket"), args.prune_rate, channels
             if args.oneshot:
                 last, before, fraction = dense, every, oneshot.cut_at(args, r)
             left = prune_channels(last.model, dense_channels(last.model), fraction, args.scope)
             channels, pruned = inside(before, left), last
-            last = exp.train(job, shrink(theta, channels), start=exp.k, after=pruned.spent)
-            small = live_total(last.masks)
-            for arm, model, options in controls(exp, job, channels, left, theta, pruned, small):
+            start = shrink_state(theta, channels, dense.checkpoint)
+            last = exp.train(job, shrink(theta, channels), state=start, after=pruned.spent)
+            given = channels, left, theta, dense, pruned, live_total(last.masks)
+            for arm, model, options in controls(exp, job, *given):
                 exp.train(job._replace(arm=arm), model, **options)
 
 
-def controls(exp, job, channels, left, theta, pruned, live):
+def controls(exp, job, channels, left, theta, dense, pruned, live):
     """(arm, network, options of Experiment.train) of each control of a channel ticket."""
     arms, seed = lth.controls_at(exp.args, job.round), job.seed
     if "reinit" in arms:
         model = shrink(exp.new_model(REINIT_SEED + seed), channels)
-        yield "reinit", model, dict(start=0, after=pruned.spent)
+        yield "reinit", model, dict(after=pruned.spent)
     if "random" in arms:
         shuffled = random_channels(channels, theta, lth.generator_of(job))
-        yield "random", shrink(theta, shuffled), dict(start=exp.k, after=pruned.spent)
+        state = shrink_state(theta, shuffled, dense.checkpoint)
+        yield "random", shrink(theta, shuffled), dict(state=state, after=pruned.spent)
     if "finetune" in arms:
-        low = dict(lr=FINETUNE_LR * exp.args.lr, lr_schedule="constant", warmup=0)
-        model = shrink(pruned.model, left)
-        yield "finetune", model, dict(start=exp.k, after=pruned.spent) | low
+        model, ema = shrink(pruned.model, left), shrink(pruned.ema, left)
+        low = exp.finetuning(model, ema, dense_masks(model))
+        yield "finetune", model, dict(after=pruned.spent) | low
     if "small" in arms:
         yield "small", exp.narrower_model(seed, live), {}
 
@@ -145,7 +172,7 @@ def main(argv=None):
     """The command line: the flags of lth_diffusion.py and --oneshot; --scope global or layer."""
     parser = lth.make_parser(prog="methods.channels", description=__doc__.split("\n\n")[0])
     parser.add_argument("--oneshot", action="store_true", help="one cut per control round")
-    args, parser = lth.parse_args(argv, parser, "_channels")
+    args, parser = lth.parse_args(argv, parser, "_channels", score="magnitude")
     if args.scope not in ("global", "layer"):
         parser.error(f"argument --scope: {args.scope} ranks weights; choose global or layer")
     lth.run(args, parser, find_tickets, plan)

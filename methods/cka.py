@@ -1,7 +1,7 @@
 """Layer rates from measured similarity: blocks that agree more between two networks are pruned less
 (after Jiang et al. 2023, 2310.18823, which motivates a fixed ramp with such a measurement).
 
-    train two networks from step k on different data orders; measure their CKA, block by block
+    train the dense network again from step k on another data order; measure the CKA of the two
     as iterative magnitude pruning, with rates that follow 1 - CKA
 
     python -m methods.cka --dataset mnist
@@ -85,20 +85,16 @@ def find_tickets(args, exp):
     """Train, prune by measured similarity, rewind, repeat."""
     for seed in args.seeds:
         dense = last = exp.train_dense(seed)
-        twin = exp.load(Job(seed, 0, "twin")) if exp.k else dense
-        model, macs = exp.new_model(seed), 3 * dense.row["macs_dense"] * args.batch
-        model.load_state_dict(dense.theta)
-        probe = exp.train(Job(seed, 0, "probe"), model, start=exp.k, seed=PROBE_SEED + seed,
-                          after=(exp.k, macs * exp.k))
-        alike = block_similarity(twin.model, probe.model)
-        steps = twin.row["steps"] + probe.row["steps"]  # measuring is part of the cost
-        masks, spent = dense.masks, (dense.spent[0] + steps, dense.spent[1] + macs * steps)
+        probe = exp.train(Job(seed, 0, "probe"), exp.new_model(seed), state=dense.checkpoint,
+                          seed=PROBE_SEED + seed, after=dense.spent)
+        alike = block_similarity(dense.model, probe.model)
+        masks, spent = dense.masks, probe.spent  # measuring is part of the cost
         for r in range(1, args.rounds + 1):
             rates = cka_rates(last.model, alike, args.prune_rate)
             masks = prune_magnitude(last.model, masks, args.prune_rate, "global", rates)
             ticket, job, pruned = exp.new_model(seed), Job(seed, r, "ticket"), last
-            rewind(ticket, masks, dense.theta)
-            last = exp.train(job, ticket, masks, start=exp.k, after=spent)
+            start = rewind(ticket, masks, dense.checkpoint)
+            last = exp.train(job, ticket, masks, start, after=spent)
             compare(exp, job, last.masks, dense, pruned, spent)
             masks, spent = last.masks, last.spent
 
@@ -114,9 +110,10 @@ def plan(args):
 
 
 def main(argv=None):
-    """The command line, with the flags of lth_diffusion.py but --scope."""
+    """The command line, with the flags of lth_diffusion.py but --scope and --score."""
+    fixed = dict(scope="global", score="magnitude")
     parser = lth.make_parser(prog="methods.cka", description=__doc__.split("\n\n")[0])
-    lth.run(*lth.parse_args(argv, parser, "_cka", scope="global"), find_tickets, plan)
+    lth.run(*lth.parse_args(argv, parser, "_cka", **fixed), find_tickets, plan)
 
 
 if __name__ == "__main__":

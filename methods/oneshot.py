@@ -9,7 +9,7 @@ Hypothesis, 2019, 1803.03635, section 2).
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module, from the repository's folder:  python -m methods.oneshot")
 
-from lth_diffusion import Job, controls, controls_at, dense_jobs, make_parser, parse_args, run
+from lth_diffusion import Job, controls, controls_at, make_parser, parse_args, run
 from prune import prune_magnitude, ramp_rates, rewind
 
 
@@ -19,7 +19,8 @@ def find_tickets(args, exp):
         dense = exp.train_dense(seed)
         for r in args.control_rounds:
             rates = ramp_rates(dense.model, args.prune_rate) if args.scope == "ramp" else None
-            masks = prune_magnitude(dense.model, dense.masks, cut_at(args, r), args.scope, rates)
+            masks = prune_magnitude(dense.model, dense.masks, cut_at(args, r), args.scope, rates,
+                                    args.score)
             retrain(exp, Job(seed, r, "ticket"), masks, dense, dense.spent)
 
 
@@ -32,8 +33,8 @@ def retrain(exp, job, masks, dense, after):
     """Rewind to step k with these masks, retrain, train the controls. after: (steps, MACs) that
     finding the masks took."""
     ticket = exp.new_model(job.seed)
-    rewind(ticket, masks, dense.theta)
-    found = exp.train(job, ticket, masks, start=exp.k, after=after)
+    start = rewind(ticket, masks, dense.checkpoint)
+    found = exp.train(job, ticket, masks, start, after=after)
     compare(exp, job, found.masks, dense, dense, after)
 
 
@@ -47,7 +48,7 @@ def jobs(args, before=()):
     """Every training run, in order. before: arms that each ticket needs first."""
     planned = []
     for seed in args.seeds:
-        planned += dense_jobs(args, seed)
+        planned.append(Job(seed, 0, "dense"))
         for r in args.control_rounds:
             arms = *before, "ticket", *controls_at(args, r)
             planned += [Job(seed, r, arm) for arm in arms]

@@ -42,7 +42,8 @@ def find_tickets(args, exp):
 def main(argv=None):
     """The command line, with the flags of lth_diffusion.py; --rewind is 0."""
     parser = make_parser(prog="methods.random_pruning", description=__doc__.split("\n\n")[0])
-    run(*parse_args(argv, parser, "_random", rewind=0.0), find_tickets, jobs)
+    fixed = dict(rewind=0.0, score="magnitude")
+    run(*parse_args(argv, parser, "_random", **fixed), find_tickets, jobs)
 
 
 if __name__ == "__main__":

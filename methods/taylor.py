@@ -60,9 +60,8 @@ def find_tickets(args, exp):
             scores = score(exp, last.model, seed)
             masks = prune_scores(scores, masks, fraction, args.scope, rates)
             ticket = exp.new_model(seed)
-            rewind(ticket, masks, dense.theta)
-            pruned = last
-            last = exp.train(job, ticket, masks, start=exp.k, after=pruned.spent)
+            start, pruned = rewind(ticket, masks, dense.checkpoint), last
+            last = exp.train(job, ticket, masks, start, after=pruned.spent)
             masks = last.masks
             oneshot.compare(exp, job, masks, dense, pruned, pruned.spent)
 
@@ -73,10 +72,11 @@ def plan(args):
 
 
 def main(argv=None):
-    """The command line, with all flags of lth_diffusion.py and --oneshot."""
+    """The command line, with the flags of lth_diffusion.py but --score, and --oneshot."""
     parser = lth.make_parser(prog="methods.taylor", description=__doc__.split("\n\n")[0])
     parser.add_argument("--oneshot", action="store_true", help="one cut per control round")
-    lth.run(*lth.parse_args(argv, parser, "_taylor"), find_tickets, plan)
+    args, parser = lth.parse_args(argv, parser, "_taylor", score="magnitude")
+    lth.run(args, parser, find_tickets, plan)
 
 
 if __name__ == "__main__":

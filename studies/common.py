@@ -13,7 +13,8 @@ from scipy import stats
 
 import lth_diffusion as lth
 from ddpm import train
-from prune import apply_masks, blocks_of, mask_hooks, pack_masks, prunable
+from prune import (apply_masks, blocks_of, dense_masks, mask_hooks, pack_masks, prunable,
+                   rewind)
 from support import cli, runs
 from support.verdict import t_test
 
@@ -101,18 +102,17 @@ def take_dense(source, args):
         runs.claim(args.out)
     for job in lth.jobs(args) if source not in (None, args.out) else ():
         if job.round == 0:
-            theta = lth.theta_path(source, job.seed), lth.theta_path(args.out, job.seed)
-            for old, new in ((job.path(source), job.path(args.out)), theta):
+            state = [lth.checkpoint_path(out, job.seed) for out in (source, args.out)]
+            for old, new in ((job.path(source), job.path(args.out)), state):
                 if os.path.exists(old) and not os.path.exists(new):
                     with runs.atomic(new) as temporary:
                         shutil.copyfile(old, temporary)
 
 
-def theta(exp, seed):
-    """The dense network of a finished run at step k, where tickets go back to."""
-    model = exp.new_model(seed)
-    model.load_state_dict(runs.load_state(lth.theta_path(exp.args.out, seed), ("model",))["model"])
-    return model
+def checkpoint(exp, seed):
+    """The training state of a finished run's dense network at step k: where tickets go back to."""
+    path = lth.checkpoint_path(exp.args.out, seed)
+    return runs.load_state(path, ("step", "model", "ema", "optimizer"))
 
 
 def ticket_masks(exp, seed, r=None, arm="ticket"):
@@ -120,18 +120,21 @@ def ticket_masks(exp, seed, r=None, arm="ticket"):
     return exp.load(lth.Job(seed, r or exp.args.rounds, arm)).masks
 
 
-def fit(exp, name, seed, model, masks=None, /, **changed):
-    """Train a model in place as an arm of this seed is trained on from step k; return its EMA.
+def fit(exp, name, seed, model, masks=None, state=None, /, **changed):
+    """Train a model in place as an arm of this seed is trained; return its EMA.
 
-    changed: options of ddpm.train, such as seed, the order of the data. The result is kept in the
-    run's folder, and taken from there when all that went into it is the same.
+    state: of checkpoint, which training goes on from under the masks; None: from step 0, with the
+    model's weights. changed: options of ddpm.train, such as seed, the order of the data. The result
+    is kept in the run's folder, and taken from there when all that went into it is the same.
     """
-    if masks is not None:
+    if state is not None:
+        state = rewind(model, masks or dense_masks(model), state)
+    elif masks is not None:
         apply_masks(model, masks)
-    options = exp.options(lth.Job(seed, 0, "ticket"), label=name, start=exp.k) | changed
+    options = exp.options(lth.Job(seed, 0, "ticket"), label=name) | changed
     path = f"{exp.args.out}/studies/{name}.pt"
     bits = masks and [packed.numpy().tobytes() for packed in pack_masks(masks).values()]
-    key = f"{options} {runs.weights_hash(model)} {bits and runs.digest(*bits)}"
+    key = f"{options} {runs.weights_hash(model)} {bits and runs.digest(*bits)} {digest_of(state)}"
     if os.path.exists(path):
         state = runs.load_state(path, ("key", "model", "ema"))
         if state["key"] == key:
@@ -140,9 +143,18 @@ def fit(exp, name, seed, model, masks=None, /, **changed):
             model.load_state_dict(state["model"])
             return ema.eval()
     hooks = {} if masks is None else mask_hooks(model, masks)
-    ema = train(model, exp.diffusion, exp.images, **options, **hooks)[0].model
+    ema = train(model, exp.diffusion, exp.images, state=state, **options, **hooks)[0].model
     runs.save_state(path, key=key, model=model.state_dict(), ema=ema.state_dict())
     return ema
+
+
+def digest_of(state):
+    """A name for a training state: step, average and optimizer; the weights are hashed apart."""
+    if state is None:
+        return None
+    moments = (state["optimizer"] or dict(state={}))["state"].values()
+    found = [*state["ema"].values(), *(v for one in moments for v in one.values())]
+    return state["step"], runs.digest(*(v.cpu().numpy().tobytes() for v in found))
 
 
 def check_rounds(rounds, jobs):

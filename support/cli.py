@@ -19,16 +19,19 @@ DATASETS = {  # name -> ((channels, height, width), number of classes)
 # What each data set is trained with unless flags say otherwise, sized for two CPU cores.
 # In the few steps of digits a short memory of Adam (beta2) halves fid_domain, 11.9 to 4.9, and
 # the ancestral sampler takes off a sixth of it (one seed, n=250). MNIST: checks/speed.py budget.
-USUAL = dict(batch=32, lr=4e-3, beta2=0.999, ema=0.995, sampler="ddim", samples=1000)
+USUAL = dict(prediction="v", batch=32, lr=4e-3, beta2=0.999, ema=0.995, sampler="ddim", nfe=50,
+             samples=2000)
 CIFAR = USUAL | dict(preset="cifar", steps=4000, batch=64, lr=1e-3, ema=0.999)
 DEFAULTS = {
-    "digits": dict(preset="tiny", steps=560, batch=32, lr=9e-3, beta2=0.95, ema=0.99,
-                   sampler="ddpm", samples=250),
+    "digits": USUAL | dict(preset="tiny", steps=560, lr=9e-3, beta2=0.95, ema=0.99,
+                           sampler="ddpm", samples=500),
     "mnist": USUAL | dict(preset="mnist", steps=2000, beta2=0.95, sampler="ddpm"),
     "fashion": USUAL | dict(preset="mnist", steps=2000),
     "cifar10": CIFAR,
     "cifar100": CIFAR,
 }
+PAPER = dict(prediction="eps")  # of --preset paper: 2006.11239, section 3.2
+SCORE = "magnitude"  # of --scope global
 
 
 class Mistake(ValueError):
@@ -137,6 +140,7 @@ def checked(kind, fits, what):
 
 
 positive_int = checked(int, lambda n: n >= 1, "a positive whole number")
+natural = checked(int, lambda n: n >= 0, "a whole number, 0 or more")
 positive_float = checked(float, lambda x: 0 < x < math.inf, "a positive number")
 fraction = checked(float, lambda x: 0 <= x < 1, "in [0, 1)")
 # Above 999 the seeds of masks and of batches would meet.
@@ -178,17 +182,18 @@ def add_training_flags(parser, presets):
     add("--lr", type=positive_float, help="peak learning rate")
     add("--lr-schedule", choices=["cosine", "linear", "constant"], default="cosine",
         help="after the warm-up (default: cosine)")
+    add("--warmup", type=natural, metavar="STEPS",
+        help="steps in which the rate rises to its peak (default: a twentieth of --steps)")
     add("--optimizer", choices=["adam", "sgd"], default="adam", help="default: adam")
     add("--beta2", type=fraction, help="decay of Adam's second moment")
     add("--ema", type=fraction, help="decay of the averaged weights, which are sampled")
     add("--schedule", choices=["linear", "cosine"], default="linear",
         help="noise schedule (default: linear)")
-    add("--prediction", choices=["eps", "v"], default="eps",
-        help="what the network predicts (default: eps)")
+    add("--prediction", choices=["eps", "v"],
+        help="what the network predicts (default: by data set; eps with --preset paper)")
     add("--samples", type=positive_int, metavar="N", help="images drawn per measurement")
-    add("--sampler", choices=["ddpm", "ddim", "dpm"], help="default: ddim; digits, mnist: ddpm")
-    add("--nfe", type=evaluations, default=50,
-        help="network evaluations per sample (default: 50)")
+    add("--sampler", choices=["ddpm", "ddim", "dpm"], help="default: by data set")
+    add("--nfe", type=evaluations, help="network evaluations per sample (default: by data set)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 where the hardware has units for it")
     add("--out", type=path, help="folder of the results (default: runs/...)")
@@ -206,11 +211,15 @@ def add_pruning_flags(parser, controls):
     add("--scope", choices=["global", "layer", "ramp", "erk"], default="global",
         help="rank weights over the network (global), within each layer (layer), with rates that "
              "grow with depth (ramp) or follow layer shape (erk)")
+    add("--score", choices=["magnitude", "normalized", "lamp"],
+        help="what --scope global ranks: |w|, |w| over its layer's root mean square, or LAMP "
+             "(default: by data set)")
     add("--controls", nargs="*", choices=controls, default=["reinit", "random"],
         help="compare tickets with: the same mask on new weights (reinit), a random mask, "
              "fine-tuning, a narrower dense network (small) (default: reinit random)")
     add("--control-rounds", nargs="+", type=positive_int, metavar="R",
-        help="rounds at which controls are trained (default: the last)")
+        help="rounds at which controls are trained (default: the last, and the one whose sparsity "
+             "is nearest two thirds)")
     add("--rewind", type=fraction, default=0.05,
         help="go back to this share of the steps; 0: the original hypothesis (default: 0.05)")
     add("--inception", metavar="PATH", type=path,
@@ -232,7 +241,15 @@ def complete(args, name=""):
         flag = "prune-rate" if args.final_sparsity is None else "final-sparsity"
         refuse(flag, "0 prunes nothing")
     args.seeds, args.controls = once(args.seeds), once(args.controls)
-    args.control_rounds = sorted(set(args.control_rounds or [args.rounds]))
+    if args.control_rounds is None:
+        left = {r: (1 - args.prune_rate) ** r for r in range(1, args.rounds + 1)}
+        args.control_rounds = min(left, key=lambda r: abs(left[r] - 1 / 3)), args.rounds
+    args.control_rounds = sorted(set(args.control_rounds))
+    if args.score is None:
+        args.score = SCORE if args.scope == "global" else "magnitude"
+    elif args.score != "magnitude" and args.scope != "global":
+        refuse("score", f"{args.score} ranks as magnitude does within layers; it needs --scope "
+               "global")
     if args.control_rounds[-1] > args.rounds:
         refuse("control-rounds", f"{args.control_rounds[-1]} is beyond --rounds {args.rounds}")
     if round(args.rewind * args.steps) >= args.steps:
@@ -245,9 +262,12 @@ def complete(args, name=""):
 
 def fill_defaults(args):
     """Replace every None that DEFAULTS knows by the data set's value."""
-    for name, value in DEFAULTS[args.dataset].items():
+    paper = PAPER if args.preset == "paper" else {}
+    for name, value in (DEFAULTS[args.dataset] | paper).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.warmup is None:
+        args.warmup = max(1, args.steps // 20)
 
 
 def training_options(args):
@@ -255,7 +275,7 @@ def training_options(args):
     return dict(steps=args.steps, batch=args.batch, lr=args.lr, lr_schedule=args.lr_schedule,
                 optimizer=args.optimizer, beta2=args.beta2, ema_decay=args.ema,
                 flip=args.dataset.startswith("cifar"), precision=args.precision,
-                warmup=max(1, args.steps // 20))
+                warmup=args.warmup)
 
 
 def check_memory(args):

@@ -10,16 +10,17 @@ from support import charts, cli, ranks, runs
 from support.verdict import verdicts
 
 COLUMNS = """seed round arm sparsity live_weights total_weights fid_domain precision_domain
-    recall_domain fid kid kid_error inception_score precision recall n_samples val_loss train_loss
-    steps train_steps_total train_macs_total macs_dense macs_live ticket_bytes train_seconds
+    recall_domain classes_domain mean_pixel fid kid kid_error inception_score precision recall
+    n_samples val_loss val_loss_t0 val_loss_t1 val_loss_t2 val_loss_t3 val_loss_t4 train_loss
+    layers_at_minimum steps train_steps_total train_macs_total macs_dense macs_live ticket_bytes train_seconds
     seconds_per_1000 train_memory sample_memory""".split()
 # column -> its name in the table at the end
 QUALITY = dict(fid_domain="fid_domain", precision_domain="prec.", recall_domain="recall",
-               fid="fid", kid="kid", inception_score="IS", precision="prec. (I)",
+               classes_domain="classes", mean_pixel="pixel", fid="fid", kid="kid", inception_score="IS", precision="prec. (I)",
                recall="recall (I)")
 FROM_START = "dense", "reinit", "small"  # arms that train from step 0
-FORMS = dict(val_loss="{:.4f}", kid="{:.4f}")
-ARMS = dict(twin="dense, rewound (twin)", ticket="ticket", reinit="reinit (same mask, new init)",
+FORMS = dict(val_loss="{:.4f}", kid="{:.4f}", mean_pixel="{:.1f}")
+ARMS = dict(ticket="ticket", reinit="reinit (same mask, new init)",
             random="random mask", finetune="fine-tuned", small="narrower, dense",
             transform="transformed, not pruned", probe="other data order")
 
@@ -32,7 +33,7 @@ def clock(seconds):
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
-SAME = "experiment", "data_hash", "classifier_hash"  # may not change in a folder
+SAME = "experiment", "data_hash", "classifier_hash", "threads"  # may not change in a folder
 
 
 def write_config(exp, method, margin):
@@ -42,7 +43,7 @@ def write_config(exp, method, margin):
         " ".join(sys.argv), exp.device, precision=a.precision, method=method, margin=margin,
         ranks=ranks.ranks()[1], experiment=type(exp).__name__, primary_metric="fid_domain",
         reference=exp.reference, reference_n=len(exp.real), **exp.hashes)
-    runs.write_config(a, facts, SAME)
+    runs.write_config(a, facts, SAME if exp.device.type == "cpu" else SAME[:-1])
 
 
 def announce(exp, done, reasons):

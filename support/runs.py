@@ -32,15 +32,15 @@ from support.cli import Mistake, cpu_capabilities, first_line
 from support.ranks import any_rank, first
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the repository
-FORMAT = 3  # of state files; a file of another version is refused
+FORMAT = 4  # of state files; a file of another version is refused
 # Names that atomic() gives to files which it has not finished, of files that a run makes.
 UNFINISHED = re.compile(
-    r"(config\.json|results\.csv|table\.md|theta_k\.pt|model(\.partial)?\.pt"
+    r"(config\.json|results\.csv|table\.md|step_k\.pt|model(\.partial)?\.pt"
     r"|[a-z_]+\.png|round\d{2,}_[a-z]+(\.partial)?\.(pt|ticket))\.[0-9a-f]{16}\.part")
 # What a run writes: other people's files of these names are not overwritten.
 WRITTEN = re.compile(
     r"results\.csv|table\.md|log\.jsonl|model(\.partial)?\.pt|samples(_by_sparsity)?\.png"
-    r"|(quality_vs_sparsity|layers|losses)\.png|theta_k\.pt"
+    r"|(quality_vs_sparsity|layers|losses)\.png|step_k\.pt"
     r"|round\d{2,}_[a-z]+(\.partial)?\.(pt|ticket)")
 MARK = "This folder was made by a run of lth_diffusion.py or ddpm.py.\n"
 ABSENT = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL
@@ -431,8 +431,9 @@ def write_config(args, facts, same=()):
         then = read_config(args.out)
         for name in same:
             if then.get(name) != facts[name]:
+                again = f"set OMP_NUM_THREADS={then[name]}, or " if name == "threads" else ""
                 raise Mistake(f"{args.out} was made with {name} {then.get(name)}, here it is "
-                              f"{facts[name]}: choose another --out")
+                              f"{facts[name]}: {again}choose another --out")
         commits = [*str(then["commit"]).split(", then "), str(facts["commit"])]
         facts = facts | dict(commit=", then ".join(dict.fromkeys(commits)))
     write_text(path, json.dumps(dict(args=vars(args), **facts), indent=1))
