@@ -26,13 +26,18 @@ class Diffusion:
     schedule: "linear", betas from 1e-4 to 0.02 (2006.11239, section 4), or "cosine" (Nichol and
     Dhariwal 2021, 2102.09672, section 3.2). prediction: what the network predicts, "eps" or
     "v" = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans and Ho 2022, 2202.00512, appendix D).
+    weighting: of the loss by t, "plain" (2006.11239, eq. 14) or "min-snr" (Hang et al. 2023,
+    2303.09556, gamma = 5), so that images of little noise do not take up most of the training.
     betas, alphas_bar, posterior_variance: float64 (T,), CPU. ValueError for an unknown name.
     """
 
-    def __init__(self, T=1000, schedule="linear", prediction="eps"):
+    def __init__(self, T=1000, schedule="linear", prediction="eps", weighting="plain"):
         if prediction not in ("eps", "v"):
             raise ValueError(f"prediction={prediction!r}: choose eps or v")
+        if weighting not in ("plain", "min-snr"):
+            raise ValueError(f"weighting={weighting!r}: choose plain or min-snr")
         self.T, self.prediction, self.schedule = T, prediction, schedule
+        self.weighting = weighting
         self.betas = self.make_betas(T, schedule)
         if not bool((self.betas < 1).all()):
             raise ValueError(f"T={T} is too short for the {schedule} schedule: a beta reaches 1")
@@ -73,12 +78,15 @@ class Diffusion:
         return signal * out + sigma * x_t
 
     def loss(self, model, x0, t, noise):
-        """The simple loss, mean squared error on eps or v, a scalar (2006.11239, eq. 14)."""
-        target = noise
-        if self.prediction == "v":
-            signal, sigma = self.scales(t, x0)
-            target = signal * noise - sigma * x0
-        return F.mse_loss(model(self.q_sample(x0, t, noise), t).float(), target)
+        """Mean squared error on eps or v, weighted by t, a scalar."""
+        signal, sigma = self.scales(t, x0)
+        target = noise if self.prediction == "eps" else signal * noise - sigma * x0
+        out = model(self.q_sample(x0, t, noise), t).float()
+        if self.weighting == "plain":
+            return F.mse_loss(out, target)
+        snr = (signal / sigma).square()  # (B, 1, 1, 1)
+        weight = snr.clamp(max=5) / (snr + (self.prediction == "v"))
+        return (weight * (out - target).square()).mean()
 
 
 def to_float(images):
@@ -258,9 +266,11 @@ class LossLog:
 
     def add(self, step, loss, last):
         self.sum, self.count = self.sum + loss.detach(), self.count + 1
-        if (step + 1) % self.every == 0 or last:
+        ends = (step + 1) % self.every == 0 or last
+        if ends:
             self.means.append((step + 1, self.mean(step)))
             self.sum, self.count = torch.zeros_like(self.sum), 0
+        return ends
 
     def mean(self, step):
         """Of the window so far; FloatingPointError for a loss that is not finite."""
@@ -312,10 +322,9 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4,
 
     images: uint8 (N, C, H, W) on the model's device. after_backward(step, model) sees gradients
     before clipping; if it returns True, the step makes no update. after_step(step, model, opt,
-    ema) runs after the update. checkpoint(step, get_state) runs before the first step and after
-    each: get_state(), passed as `state` later, goes on from there to the bit, whatever `start` is.
-    rank of world processes trains on its share of the batches. FloatingPointError for a loss that
-    is not finite.
+    ema) follows the update. checkpoint(step, get_state) precedes the first step and follows each:
+    get_state(), passed as `state`, goes on from there to the bit. rank of world trains on its share
+    of the batches. FloatingPointError for a loss that is not finite.
     """
     device, T = images.device, diffusion.T
     opt = make_optimizer(optimizer, model.to(memory_format=LAST).train().parameters(), lr, beta2)
@@ -325,7 +334,7 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4,
         checkpoint(first, lambda: capture(first, model, ema, opt, log))
     generator, parallel = torch.Generator(device), torch.nn.parallel.DistributedDataParallel
     network = parallel(model) if world > 1 else model  # averages gradients over the ranks
-    bar = tqdm(range(first, steps), desc=label, unit="step", mininterval=0.5, leave=False,
+    bar = tqdm(range(first, steps), label, unit="step", mininterval=0.5, leave=False,
                disable=True if rank else None)
     for step in bar:
         x0, t, noise = batch_at(images, step, seed, batch, flip, T, generator, rank, world)
@@ -344,9 +353,8 @@ def train(model, diffusion, images, *, steps, start=0, batch=128, lr=2e-4,
             after_step(step, model, opt, ema)
         # Update the average.
         ema.update(model)
-        log.add(step, loss, last=step + 1 == steps)
-        if log.count == 0:
-            bar.set_postfix(loss=f"{log.means[-1][1]:.4f}")
+        if log.add(step, loss, last=step + 1 == steps):
+            bar.set_postfix(loss=log.means[-1][1])
         if checkpoint is not None:
             checkpoint(step + 1, lambda: capture(step + 1, model, ema, opt, log))
     check_finite(model, steps, label)
@@ -420,7 +428,7 @@ def main(argv=None):
         images, _ = data.load_images(args.dataset, args.data_dir)
         torch.manual_seed(args.seed)
         model = UNet(images.shape[1], image_size=images.shape[-1], **PRESETS[args.preset])
-        diffusion = Diffusion(1000, args.schedule, args.prediction)
+        diffusion = Diffusion(1000, args.schedule, args.prediction, args.weighting)
         report.train_alone(args, guard, model, diffusion, images, train, draw_samples)
 
 

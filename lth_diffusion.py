@@ -144,7 +144,7 @@ class Experiment:
         self.device, _ = cli.pick_device(args.device)
         self.images, labels = data.load_images(args.dataset, args.data_dir)
         self.test, _ = data.load_images(args.dataset, args.data_dir, "test")
-        self.diffusion = Diffusion(1000, args.schedule, args.prediction)
+        self.diffusion = Diffusion(1000, args.schedule, args.prediction, args.weighting)
         self.k = rewind_step(args)
         self.real = metrics.random_draw(self.test, min(args.samples, len(self.test)))
         self.classifier = metrics.load_classifier(args.dataset, self.images, labels)
@@ -277,7 +277,7 @@ class Experiment:
 
     def measure(self, job, model, masks, row, after, each):
         """(first samples, row of the table) of a trained model, the EMA, with its masks."""
-        a, live = self.args, live_total(masks)
+        a, live, least = self.args, live_total(masks), at_minimum(masks)
         total = live_total(dense_masks(self.new_model(0)))
         with runs.PeakMemory(self.device) as memory:
             began = time.monotonic()
@@ -290,7 +290,7 @@ class Experiment:
         row = row | self.quality(samples) | self.errors(model) | dict(
             seed=job.seed, round=job.round, arm=job.arm, sparsity=1 - live / total,
             live_weights=live, total_weights=total, n_samples=a.samples, macs_dense=dense,
-            layers_at_minimum=len(at_minimum(masks)), macs_live=alive,
+            at_minimum=least, layers_at_minimum=len(least), macs_live=alive,
             train_steps_total=after[0] + row["steps"],
             train_macs_total=round(after[1] + per_image * a.batch * row["steps"]),
             seconds_per_1000=1000 * seconds / a.samples, sample_memory=memory.bytes)

@@ -17,19 +17,18 @@ import csv
 import math
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
 import lth_diffusion as lth
 from studies.common import Study
 from support import charts, cli, runs
-from support.verdict import holm, verdicts
+from support.verdict import POWER, detectable, holm, verdicts
 
 ARMS = "dense", "ticket", "reinit", "random"
 SEEDS = 3, 5, 10
 EFFECTS = 0, 0.5, 1, 1.5, 2, 2.5, 3, 4
 FAR = 20  # an effect so large that its test always passes
 DENSE, SHARED = 100.0, 2.0  # mean of dense; sd of the seed's luck
-POWER = 0.8
 # setting -> effects in the three tests (dense, reinit, random), per sparsity
 SETTINGS = {
     "within the margin of dense": [(0, FAR, FAR)],
@@ -123,15 +122,6 @@ def make_tables(rows, metric):
     return tables, remarks
 
 
-def detectable(n, alpha):
-    """The effect that a paired t test over n seeds detects with 80 % power."""
-    critical = stats.t.ppf(1 - alpha, n - 1)
-
-    def lack(effect):
-        return POWER - stats.nct.sf(critical, n - 1, effect * math.sqrt(n))
-    return optimize.brentq(lack, 0, 100)
-
-
 def judge(args):
     """The text to print: the verdict at every sparsity."""
     rows = read_rows(args.tables, args.metric)
@@ -151,7 +141,7 @@ def judge(args):
         for test, p in one.tests.items():
             said.append(f"    {test}: p={p:.4g}")
         if one.winning is False:
-            said.append("    80 % power, in each test: from "
+            said.append(f"    {POWER:.0%} power, in each test: from "
                         f"{detectable(one.n, args.alpha):.1f} sd over seeds")
     return "\n".join([*said, *remarks])
 

@@ -116,7 +116,7 @@ def label_of(name, row):
             return "dense"
         # of as many steps as imp took in all, where the ticket alone takes them too
         return "dense" + LONG if name.removesuffix(LONG) in EARLY else None
-    return None if row["arm"] == "twin" else f"{name}, {row['arm']}"
+    return f"{name}, {row['arm']}"
 
 
 def summarise(found):

@@ -8,7 +8,7 @@ Jiang et al., Successfully Applying Lottery Ticket Hypothesis to Diffusion Model
 report that two winning tickets agree more upstream than downstream, and prune later blocks more.
 They compare weights by HSIC with an RBF kernel, without normalisation or a stated bandwidth.
 
-agreement  Two networks are trained from one theta_k on different data orders: dense networks, and
+agreement  Two networks are trained from step k on different data orders: dense networks, and
            tickets with one mask. By residual block: CKA of the weights (methods/cka.py), and
            1 - R2, the share of the variance of the second network's activations on held-out images
            that linear regression on the first network's leaves unexplained. Null pairs: the mask
@@ -41,8 +41,8 @@ from ddpm import as_input
 from lth_diffusion import Job
 from methods.cka import PROBE_SEED, block_similarity
 from prune import live_counts, prunable
-from studies.common import (Study, add_run_flag, density_by_block, fit,
-                            open_run, over_seeds, overlap, slope, theta)
+from studies.common import (Study, add_run_flag, checkpoint, density_by_block, fit,
+                            open_run, over_seeds, overlap, slope)
 from support import charts, cli, runs
 from unet import ResBlock
 
@@ -58,12 +58,10 @@ SLOPES = ["quantity", "pair", "seeds", "mean", "slope", "low", "high"]
 def pairs(exp, rows, seed, other):
     """(name, network, network) of each pair that there is; other: seed of the null pair."""
     mine = Job(seed, exp.args.rounds, "ticket")
-    twin = Job(seed, 0, "twin")
-    dense = exp.load(twin if twin in rows else Job(seed, 0, "dense"))
-    ticket = exp.load(mine)
+    dense, ticket = exp.load(Job(seed, 0, "dense")), exp.load(mine)
     for name, first in ("dense", dense), ("ticket", ticket):
         file = f"layers_{name}_seed{seed}"
-        second = fit(exp, file, seed, theta(exp, seed), first.masks,
+        second = fit(exp, file, seed, exp.new_model(seed), first.masks, checkpoint(exp, seed),
                      seed=PROBE_SEED + seed)
         yield f"{name}, two orders", first.ema, second
     jobs = mine._replace(arm="reinit"), mine._replace(seed=other)
@@ -168,7 +166,9 @@ def survival(mask, start):
 def survivors(exp, seed, masks):
     """Rows of HEADER: survival by tenth, mean over the layers that do not start at 0."""
     theta_0 = exp.new_model(seed)
-    starts = {"theta_0": theta_0, "theta_k": theta(exp, seed),
+    theta_k = exp.new_model(seed)
+    theta_k.load_state_dict(checkpoint(exp, seed)["model"])
+    starts = {"theta_0": theta_0, "theta_k": theta_k,
               NULLS[2]: exp.new_model(lth.REINIT_SEED + seed)}
     layers = [name for name, p in prunable(theta_0).items()
               if p.any() and p.numel() >= TENTHS]

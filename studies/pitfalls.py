@@ -7,9 +7,12 @@ The correct fid_domain of the dense network, the last ticket and its controls is
 sets of starting noise x_T. Then one mistake is made at a time, and the same questions are asked
 again: is the ticket within 10 % of dense, better than reinit, better than the random mask? Single
 values are compared, without a test: a mistake matters where an answer changes. All samples are
-drawn by DDIM without noise, so that x_T is the only source of chance in the measurement. One
-mistake is made in training: the ticket of the first seed is trained again from the same step with
-the same batches, and the other arms keep their values.
+drawn by DDIM without noise, so that x_T is the only source of chance in the measurement. Two
+mistakes are made in training: the ticket is trained again from step k on the same batches, and the
+other arms keep their values. `restart fresh`, for every seed: its weights go back to step k, but
+Adam starts anew at full rate, and so does the average, while reinit had its warm-up (the first
+edition of this code; open_lth restarts its optimizer too, but that of the dense network with it).
+The average continued from dense, for the first seed: weights that the mask removed live on in it.
 
 The mistakes were read in the public code of Jiang et al., Successfully Applying Lottery Ticket
 Hypothesis to Diffusion Model, 2023, 2310.18823, unless the text says otherwise. One that changes no
@@ -30,7 +33,7 @@ import lth_diffusion as lth
 import metrics
 from ddpm import train
 from prune import live_total, mask_hooks, prunable, rewind
-from studies.common import Study, add_run_flag, open_run
+from studies.common import Study, add_run_flag, fit, open_run, over_seeds
 from support import charts, cli
 
 ARMS = "dense", "ticket", "reinit", "random"
@@ -38,7 +41,7 @@ DRAWS = 4  # sets of x_T behind a correct value
 FEW, REAL = 25, 20  # samples, and real images to compare them with
 REPEATS = 300  # draws of so few
 COVARIED = 250  # images in a covariance over images
-AVERAGE = "EMA continued from dense"
+FRESH, AVERAGE = "restart fresh", "EMA continued from dense"
 BEST_SEED = "best seed for the ticket"  # not read in code
 HEADER = ["mistake", "seed", *ARMS, *(f"{arm}, mistaken" for arm in ARMS),
           "verdict", "becomes"]
@@ -49,7 +52,7 @@ class Bench:
 
     def __init__(self, exp, seed):
         self.exp, self.seed, self.n = exp, seed, exp.args.samples
-        _, self.reference, self.real = exp.extractors["_domain"]
+        _, self.reference, self.real, _ = exp.extractors["_domain"]
         self.networks, self.samples, self.fids, self.features = {}, {}, {}, {}
         for arm in ARMS:
             job = job_of(exp, seed, arm)
@@ -61,14 +64,9 @@ class Bench:
         self.right = {arm: np.mean(fids) for arm, fids in self.fids.items()}
 
     def draw(self, model, label):
-        """DRAWS sets of n samples, from the same x_T for every model."""
-        shape, sets = (self.n, *self.exp.images.shape[1:]), []
-        for k in range(DRAWS):
-            seed = lth.EVAL_SEED + 1_000_000 * k
-            generator = torch.Generator().manual_seed(seed)
-            x_T = torch.randn(shape, generator=generator)
-            sets.append(self.exp.draw(model, x_T=x_T, sampler="ddim", label=label))
-        return sets
+        """DRAWS sets of n samples, from the same x_T for every model of the seed."""
+        noise = [self.exp.x_T(self.n, self.seed + 1000 * k) for k in range(DRAWS)]
+        return [self.exp.draw(model, x_T=x_T, sampler="ddim", label=label) for x_T in noise]
 
     def score(self, sets):
         """fid_domain of each set."""
@@ -153,27 +151,23 @@ EVALUATIONS = {f"FID from {FEW} samples": few_images,
 
 # --------------------------------------------------------------------------- in the network
 
-def retrain(bench):
+def restart_fresh(bench):
+    """The EMA of the ticket trained again from its weights at step k alone."""
+    exp, dense = bench.exp, bench.networks["dense"].checkpoint
+    fresh = dense | dict(optimizer=None, ema=dense["model"], ema_updates=0)
+    return fit(exp, f"restart_fresh_seed{bench.seed}", bench.seed, exp.new_model(bench.seed),
+               bench.networks["ticket"].masks, fresh)
+
+
+def continue_average(bench):
     """The EMA of the ticket trained again, where the average goes on from that of dense."""
     exp, dense = bench.exp, bench.networks["dense"]
     masks, model = bench.networks["ticket"].masks, exp.new_model(bench.seed)
-    rewind(model, masks, dense.theta)
-    hooks = mask_hooks(model, masks)
-    hooks["after_step"] = carry_on(dense.ema, exp.k, hooks["after_step"])
-    job = job_of(exp, bench.seed, "ticket")
-    options = exp.options(job, start=exp.k, label=AVERAGE)
-    ema, _ = train(model, exp.diffusion, exp.images, **options, **hooks)
-    return ema.model
-
-
-def carry_on(dense, first, after_step):
-    """The hook after_step, and `dense` in place of the average at the first step."""
-    def carried(step, model, optimizer, ema):
-        if step == first:
-            ema.model.load_state_dict(dense.state_dict())
-            ema.updates = 10 ** 9  # its warm-up is over
-        after_step(step, model, optimizer, ema)
-    return carried
+    state = rewind(model, masks, dense.checkpoint)
+    state |= dict(ema=dense.ema.state_dict(), ema_updates=10 ** 9)  # its warm-up is over
+    options = exp.options(job_of(exp, bench.seed, "ticket"), label=AVERAGE)
+    return train(model, exp.diffusion, exp.images, state=state, **options,
+                 **mask_hooks(model, masks))[0].model
 
 
 def nonzero(model):
@@ -211,8 +205,8 @@ def row(mistake, seed, right, wrong):
     return [mistake, seed, *values, verdict(right), verdict(wrong)]
 
 
-def measure(benches, retrained):
-    """{mistake: its rows}."""
+def measure(benches, averaged):
+    """{mistake: its rows}. averaged: what continue_average made of the first."""
     groups, first = {}, benches[0]
     for name, mistake in EVALUATIONS.items():
         groups[name] = [row(name, one.seed, one.right, mistake(one))
@@ -223,9 +217,14 @@ def measure(benches, retrained):
             means[arm] = np.mean([one.right[arm] for one in benches])
         wrong = means | dict(ticket=best)
         groups[BEST_SEED] = [row(BEST_SEED, "all", means, wrong)]
-    value = np.mean(first.score(first.draw(retrained, AVERAGE)))
-    wrong = first.right | dict(ticket=value)
-    return groups | {AVERAGE: [row(AVERAGE, first.seed, first.right, wrong)]}
+    groups[FRESH] = [retrained(FRESH, one, restart_fresh(one)) for one in benches]
+    return groups | {AVERAGE: [retrained(AVERAGE, first, averaged)]}
+
+
+def retrained(name, bench, model):
+    """The row of a ticket that was trained with a mistake."""
+    value = np.mean(bench.score(bench.draw(model, name)))
+    return row(name, bench.seed, bench.right, bench.right | dict(ticket=value))
 
 
 def over_others(rows, start):
@@ -259,6 +258,22 @@ def conclude(groups, n):
             f"{'; '.join(said) or 'none'}. n={n} seed(s): single values, no test.")
 
 
+def ablation(rows):
+    """What the fresh restart does, over seeds, in sentences with 90 % intervals."""
+    values = np.array([one[2:10] for one in rows], float)  # right, then mistaken, by ARMS
+    right, fresh, said = values[:, :4], values[:, 5], []
+    gaps = {"fresh less restored": fresh - right[:, 1]}
+    for column, arm in enumerate(ARMS):
+        if arm != "ticket":
+            gaps[f"restored less {arm}"] = right[:, 1] - right[:, column]
+            gaps[f"fresh less {arm}"] = fresh - right[:, column]
+    for name, gap in gaps.items():
+        mean, low, high = over_seeds(gap)
+        ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}]"
+        said.append(f"{name} {mean:+.2f}{ends}")
+    return f"fid_domain of the ticket, n={len(rows)} seed(s): {'; '.join(said)}."
+
+
 def find_benches(exp, rows):
     """A Bench for each seed with all arms at the last round; Mistake where there is none."""
     seeds = [seed for seed in exp.args.seeds
@@ -276,11 +291,11 @@ def main(argv=None):
     with study.arguments(argv) as args:
         exp, rows = open_run(args.run)
         benches, a = find_benches(exp, rows), exp.args
-        retrained = retrain(benches[0])
-        groups, n = measure(benches, retrained), len(benches)
+        averaged = continue_average(benches[0])
+        groups, n = measure(benches, averaged), len(benches)
         ticket = benches[0].networks["ticket"]
         live = live_total(ticket.masks)
-        dense = {AVERAGE: nonzero(retrained),
+        dense = {AVERAGE: nonzero(averaged),
                  "weight standardisation": nonzero(standardised(ticket.model))}
         rates = {one.seed: reversals(one) for one in benches}
         path = os.path.join(args.out, f"pitfalls_{a.dataset}")
@@ -296,7 +311,7 @@ def main(argv=None):
         print(f"Seed {seed}: {rate:.0%} of draws of {FEW} samples reverse ticket and dense.")
     for name, left in dense.items():
         print(f"{name}: {left:,} weights of the ticket are not 0, {live:,} should be.")
-    print(f"{conclude(groups, n)}\n{path}.csv, .json, .png")
+    print(f"{ablation(groups[FRESH])}\n{conclude(groups, n)}\n{path}.csv, .json, .png")
 
 
 if __name__ == "__main__":

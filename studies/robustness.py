@@ -94,7 +94,7 @@ def mean_error(predict, batch, attack=None, budget=0.0):
     return torch.cat(errors).mean().item()
 
 
-def measure(exp, model, images, samples):
+def measure(exp, model, seed, images, samples):
     """(trouble, size, value, n) of a network; the first of each trouble is without disturbance."""
     model.eval().requires_grad_(False)
     # in float32: the gradients of bfloat16 would make a weaker attack
@@ -109,14 +109,15 @@ def measure(exp, model, images, samples):
         for budget in BUDGETS:
             yield name, budget, mean_error(predict, batch, attack, budget), len(x)
     for a, m in STARTS:
-        drawn = exp.draw(model, x_T=a * exp.x_T(samples) + m)
+        drawn = exp.draw(model, seed, x_T=a * exp.x_T(samples, seed) + m)
         yield "start", f"{a:g} x_T {m:+g}", exp.quality(drawn)["fid_domain"], samples
 
 
 def rows_of(exp, job, args):
     """Rows of HEADER, as dicts, of one network."""
     trained, clean = exp.load(job), {}
-    for trouble, size, value, n in measure(exp, trained.ema, args.images, args.samples):
+    for trouble, size, value, n in measure(exp, trained.ema, job.seed, args.images,
+                                         args.samples):
         factor = value / clean.setdefault(trouble, value)
         row = *job, trained.row["sparsity"], trouble, size, value, factor, n
         yield dict(zip(HEADER, row))

@@ -40,7 +40,7 @@ def measure(exp, rows, jobs, n):
         model, row = exp.load(job).ema, rows[job]
         for sampler, steps in settings(exp.diffusion):
             began = time.monotonic()
-            samples = exp.draw(model, n, sampler=sampler, steps=steps,
+            samples = exp.draw(model, job.seed, n, sampler=sampler, steps=steps,
                                label=f"{job}: {sampler} {steps}")
             seconds = 1000 * (time.monotonic() - began) / n
             fid = exp.quality(samples)["fid_domain"]

@@ -3,7 +3,7 @@
     python -m studies.stability                                 # a small run on digits: minutes
     python -m studies.stability --from runs/mnist --seeds 0 1 2
 
-Two copies are trained on from theta_k with two data orders, for theta_k at several steps k of one
+Two copies are trained on from step k with two data orders, for several steps k of one
 dense run: the instability analysis of Frankle, Dziugaite, Roy and Carbin, Linear Mode Connectivity
 and the Lottery Ticket Hypothesis, 2020 (1912.05671, section 2).
 
@@ -12,8 +12,8 @@ masks    Both copies are cut once to the density of the run's last tickets. Repo
          For scale: the IoU of tickets of two seeds, whose weights do not correspond.
 barrier  The most by which val_loss at (1 - a) A + a B lies above the straight line between its
          values at A and at B, over 11 points a. A and B are averaged weights (EMA), as in sampling.
-ticket   The dense network is cut once to the same density; the mask is rewound to each theta_k and
-         trained on. Copy A is the dense network trained on in the same way, with the same batches.
+ticket   The dense network is cut once to the same density; the mask is laid over the state of each
+         step k, and trained on. Copy A is the dense network itself, which sees the same batches.
          Copy B shows how large a difference the data order alone makes.
 
 From a larger k fewer steps are left: compare a ticket with the copies from its own k, never across
@@ -50,16 +50,15 @@ EXCESS = {"excess loss": "val_loss", "excess fid": "fid_domain"}  # ticket over 
 
 
 def dense_run(exp, seed, steps):
-    """(the dense network of a seed, trained once more; {k: its weights after k steps})."""
-    model = exp.new_model(seed)
-    thetas = {0: copy.deepcopy(model.state_dict())}
+    """(the dense network of a seed, trained once more; its EMA; {k: its state after k steps})."""
+    model, states = exp.new_model(seed), {}
 
     def checkpoint(step, get_state):
         if step in steps:
-            thetas[step] = copy.deepcopy(get_state()["model"])
+            states[step] = copy.deepcopy(get_state())
     options = exp.options(Job(seed, 0, "dense"))
-    train(model, exp.diffusion, exp.images, checkpoint=checkpoint, **options)
-    return model, thetas
+    ema, _ = train(model, exp.diffusion, exp.images, checkpoint=checkpoint, **options)
+    return model, ema.model, states
 
 
 def build(exp, weights):
@@ -91,22 +90,23 @@ def one_cut(exp, model, left):
     return prune_magnitude(model, dense_masks(model), 1 - left, scope)
 
 
-def one_start(exp, seed, k, weights, masks):
-    """(row of the table, val_loss on the way from A to B) for one theta_k."""
-    nets, cuts = {}, []
-    orders = dict(A=seed, B=PROBE_SEED + seed, ticket=seed)
-    for name, order in orders.items():
-        model = build(exp, weights)
+def one_start(exp, seed, dense, ema, state, masks):
+    """(row of the table, val_loss on the way from A, the dense network, to B) for the training
+    state of one step k."""
+    nets, k, left = dict(A=ema), state["step"], density(masks)
+    cuts = [one_cut(exp, dense, left)]
+    for name, order in dict(B=PROBE_SEED + seed, ticket=seed).items():
+        model = exp.new_model(seed)
         file = f"stability_seed{seed}_k{k}_{name}"
         its = masks if name == "ticket" else None
-        nets[name] = fit(exp, file, seed, model, its, start=k, seed=order)
-        cuts.append(one_cut(exp, model, density(masks)))
+        nets[name] = fit(exp, file, seed, model, its, state, seed=order)
+        cuts.append(one_cut(exp, model, left))
     losses = path_losses(exp, nets["A"], nets["B"])
     iou, chance = overlap(*cuts[:2])
     row = {"seed": seed, "k": k, "IoU": iou, "by chance": chance}
     row["barrier"] = barrier(losses)
     for name, net in nets.items():
-        samples = exp.draw(net, label=f"k={k}: sample")
+        samples = exp.draw(net, seed, label=f"k={k}: sample")
         row[f"val_loss {name}"] = exp.val_loss(net)
         row[f"fid_domain {name}"] = exp.quality(samples)["fid_domain"]
     for excess, column in EXCESS.items():
@@ -170,7 +170,7 @@ def draw(table, paths, strangers, path, note):
     columns = worst, "val_loss A", "val_loss B", "val_loss ticket"
     draw_over_k(rows, columns, path + ".png",
                 "Stability of the start, and the ticket rewound to it", "val_loss",
-                log_y=True, note=f"A, B: dense, two data orders from theta_k. {note}")
+                log_y=True, note=f"A, B: dense, two data orders from step k. {note}")
     levels = [("tickets of two seeds", strangers[0], "dotted")] if strangers else ()
     draw_over_k(table, ("IoU", "by chance"), path + "_masks.png",
                 "Overlap of the masks of copies A and B", "IoU",
@@ -207,11 +207,11 @@ def main(argv=None):
         path = os.path.join(args.out, f"stability_{exp.args.dataset}")
         strangers, table, paths = across_seeds(exp, rows), [], {}
         for seed in seeds:
-            dense, thetas = dense_run(exp, seed, ks)
+            dense, ema, states = dense_run(exp, seed, ks)
             left = density(ticket_masks(exp, seed))
             masks = one_cut(exp, dense, left)
             for k in ks:
-                row, paths[seed, k] = one_start(exp, seed, k, thetas[k], masks)
+                row, paths[seed, k] = one_start(exp, seed, dense, ema, states[k], masks)
                 table.append(row)
                 cells = [list(row.values()) for row in table]
                 ways = {f"seed {s}, k={at}": way for (s, at), way in paths.items()}

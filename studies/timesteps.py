@@ -63,7 +63,7 @@ def inherit(dense, sparse):
 
 def score(exp, model, n, label):
     """fid_domain of n samples by DDIM."""
-    samples = exp.draw(model, n, sampler="ddim", label=label)
+    samples = exp.draw(model, n=n, sampler="ddim", label=label)
     return exp.quality(samples)["fid_domain"]
 
 

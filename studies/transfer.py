@@ -5,19 +5,19 @@
     python -m studies.transfer --seeds 0 1 2 --steps 560
 
 Data sets, both ways. The ticket of A trains on the images of B as B's own ticket does, from step k.
-Compared on B: its own ticket and controls, the mask of A on theta_k of B, the mask and theta_k of A
-(the foreign ticket), and the mask of A shuffled within each layer, which keeps only the layer
-densities. Runs of one seed share theta_0, so a place in the network means the same in both.
+Compared on B: its own ticket and controls, the mask of A on the state of B at step k, the mask and
+state of A (the foreign ticket), and the mask of A shuffled within each layer, which keeps only the
+layer densities. Runs of one seed share theta_0, so a place in the network means the same in both.
 
 Depth. Elastic tickets (Chen et al., The Elastic Lottery Ticket Hypothesis, 2021, 2103.16547) for a
 U-Net: from 2 residual blocks per level to 3 and to 1. A unit is a block on the way down with the
-block on the way up that reads it through a skip connection. Units are copied, theta_k and mask
-together, to places of equal shapes: B1 B1 B2 where there are more places than units, the first
+block on the way up that reads it through a skip connection. Units are copied, state at step k and
+mask together, to places of equal shapes: B1 B1 B2 where there are more places than units, the first
 units where there are fewer. All other layers are copied one to one, so the density changes a
 little. Other flags go to lth_diffusion.py, which makes these runs.
 
-Differences are paired by seed. Dense networks and new initialisations train from step 0 and are
-spared the fresh optimizer of the others. Each data set has its own feature extractor: compare
+Differences are paired by seed. Dense networks and new initialisations train from step 0, the others
+go on from step k with their optimizer. Each data set has its own feature extractor: compare
 fid_domain within a target.
 
 What would change our mind about 'a ticket is more than its layer densities': shuffled foreign masks
@@ -37,8 +37,8 @@ import torch
 import lth_diffusion as lth
 from lth_diffusion import Job
 from prune import density, random_masks
-from studies.common import (SMALL, Study, fit, open_run, over_seeds,
-                            overlap, theta, ticket_masks)
+from studies.common import (SMALL, Study, checkpoint, fit, open_run,
+                            over_seeds, overlap, ticket_masks)
 from support import charts, cli
 from unet import PRESETS, Downsample, ResBlock
 
@@ -47,7 +47,7 @@ Row = collections.namedtuple("Row", ["seed", "way", "network", *FIGURES])  # way
 OWN = "own ticket"
 ARMS = {OWN: "ticket", "own mask, shuffled": "random",
         "own mask, new init": "reinit",
-        "dense": "dense", "dense, rewound": "twin"}  # of the target's run
+        "dense": "dense"}  # of the target's run
 ALIKE = "preset", "rounds", "prune_rate", "schedule", "prediction"  # in two runs
 SOURCE, TARGETS = 2, (3, 1)  # residual blocks per level
 DEPTH_RUN = [*SMALL, "--steps", "400", "--controls"]  # no controls
@@ -96,34 +96,41 @@ def block_map(source, target):
     return found
 
 
-def elastic(source, masks, target):
-    """(state, masks) of `target` from the weights and masks of `source`, place by place."""
-    blocks = block_map(source, target)
-    weights, state, new_masks = source.state_dict(), {}, {}
-    for name in target.state_dict():
+def elastic(source, state, masks, target):
+    """(training state, masks) of the network `target` from those of `source`, place by place:
+    weights, their average and the optimizer's moments."""
+    blocks, origin = block_map(source, target), {}
+    for name, _ in target.named_parameters():
         block = ".".join(name.split(".")[:4])
-        old = blocks.get(block, block) + name[len(block):]
-        state[name] = weights[old].clone()
-        if old in masks:
-            new_masks[name] = masks[old].clone()
-    return state, new_masks
+        origin[name] = blocks.get(block, block) + name[len(block):]
+    new = dict(state)
+    for part in "model", "ema":
+        new[part] = {name: state[part][old] for name, old in origin.items()}
+    number = {name: i for i, (name, _) in enumerate(source.named_parameters())}
+    moments, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
+    copied = {i: moments[number[old]] for i, old in enumerate(origin.values()) if moments}
+    groups = [groups[0] | dict(params=list(range(len(origin))))]
+    new["optimizer"] = dict(state=copied, param_groups=groups)
+    new_masks = {name: masks[old].clone() for name, old in origin.items() if old in masks}
+    return new, new_masks
 
 
 # --------------------------------------------------------------------------- what is trained
-# A network to train is (its name, the model, masks, first step).
+# A network to train is (its name, the model, masks, the training state it goes on from or None).
 
 def compare(exp, seed, way, networks):
     """Rows of one seed on exp's data: what its run has trained, and the networks."""
     for network, arm in ARMS.items():
-        number = 0 if arm in ("dense", "twin") else exp.args.rounds
+        number = 0 if arm == "dense" else exp.args.rounds
         if row := exp.rows.get(Job(seed, number, arm)):
             yield Row(seed, way, network, *map(row.get, FIGURES))
-    for network, model, masks, start in networks:
+    for network, model, masks, state in networks:
         words = f"{way} {network} seed{seed}"
         label = words.replace(",", "").replace(" ", "-")
-        ema = fit(exp, f"transfer-{label}", seed, model, masks, start=start)
-        fid = exp.quality(exp.draw(ema))["fid_domain"]
+        ema = fit(exp, f"transfer-{label}", seed, model, masks, state)
+        fid = exp.quality(exp.draw(ema, seed))["fid_domain"]
         print(f"{words}: fid_domain {fid:.2f}", flush=True)
+        start = state["step"] if state else 0
         figures = exp.args.steps - start, fid, exp.val_loss(ema), exp.args.samples
         yield Row(seed, way, network, 1 - density(masks), *figures)
 
@@ -137,23 +144,21 @@ def shuffled(masks, seed):
 def foreign(a, b, seed):
     """Networks that train on b's data with the ticket of a."""
     masks = ticket_masks(a, seed)
-    yield "foreign mask", theta(b, seed), masks, b.k
-    yield "foreign ticket", theta(a, seed), masks, b.k
+    yield "foreign mask", b.new_model(seed), masks, checkpoint(b, seed)
+    yield "foreign ticket", b.new_model(seed), masks, checkpoint(a, seed)
     moved = shuffled(masks, seed)
-    yield "foreign mask, shuffled", theta(b, seed), moved, b.k
+    yield "foreign mask, shuffled", b.new_model(seed), moved, checkpoint(b, seed)
 
 
 def stretched(a, b, seed):
     """Networks of b's depth with the ticket of a."""
     model, old_masks = b.new_model(seed), ticket_masks(a, seed)
-    state, masks = elastic(theta(a, seed), old_masks, model)
-    model.load_state_dict(state)
-    yield "elastic ticket", model, masks, b.k
+    state, masks = elastic(a.new_model(seed), checkpoint(a, seed), old_masks, model)
+    yield "elastic ticket", model, masks, state
     new = b.new_model(lth.REINIT_SEED + seed)
-    yield "elastic mask, new init", new, masks, 0
-    model.load_state_dict(state)
+    yield "elastic mask, new init", new, masks, None
     moved = shuffled(masks, seed)
-    yield "elastic theta_k, shuffled mask", model, moved, b.k
+    yield "elastic weights, shuffled mask", b.new_model(seed), moved, state
 
 
 # --------------------------------------------------------------------------- the two studies

@@ -65,7 +65,7 @@ def settings(args, n):
 
 def train_dense(exp, seed, name, setting):
     """(val_loss, fid_domain) of the dense network in a setting; infinite if it diverges."""
-    options = dict(setting, start=0)
+    options = dict(setting)
     options["ema_decay"] = options.pop("ema")
     options["warmup"] = max(1, setting["steps"] // 20)
     file = f"tuning_{name.replace(' ', '')}"
@@ -74,7 +74,7 @@ def train_dense(exp, seed, name, setting):
     except FloatingPointError as error:
         print(f"{name}: {error}")
         return math.inf, math.inf
-    samples = exp.draw(ema, label=f"{name}: sample")
+    samples = exp.draw(ema, seed, label=f"{name}: sample")
     return exp.val_loss(ema), exp.quality(samples)["fid_domain"]
 
 

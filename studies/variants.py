@@ -15,10 +15,10 @@ sigma/eps    Song et al., Score-Based Generative Modeling through SDEs, 2021, 20
 Jiang et al., Successfully Applying Lottery Ticket Hypothesis to Diffusion Model, 2023, 2310.18823,
 report that two tickets of one network are more alike in upstream blocks than in downstream ones,
 and choose rates by depth for that reason. Measured here, by residual block: the CKA of the weights
-of two dense networks trained from theta_k on different data orders and, as a null, of networks with
+of two dense networks trained from step k on different data orders and, as a null, of networks with
 different initialisations. Theirs is the CKA of tickets; for that see studies/layers.py. A slope is
-the change from the first block to the last along a straight line. val_loss is an error on eps or
-on v at the noise levels of the schedule: compare it within a variant only.
+the change from the first block to the last along a straight line. val_loss is an error on eps at
+the noise levels of the schedule: compare it between variants of one schedule only.
 
 What would change our mind about 'a ticket is a ticket under any schedule': a variant in which it
 loses to reinit or to the random mask in every seed while it beats them in the others. About
@@ -37,13 +37,12 @@ import torch
 import lth_diffusion as lth
 from ddpm import Diffusion, sampling_times
 from methods.cka import PROBE_SEED, block_similarity
-from studies.common import SMALL, Study, deviation, fit, over_seeds, slope, theta
+from studies.common import SMALL, Study, checkpoint, deviation, fit, over_seeds, slope
 from support import charts, cli
 
 SIGMA = "sigma/eps"
 VARIANTS = "linear/eps", "cosine/eps", "linear/v", SIGMA
-ARMS = dict(dense="dense", twin="dense, rewound", ticket="ticket",
-            reinit="reinit", random="random mask")
+ARMS = dict(dense="dense", ticket="ticket", reinit="reinit", random="random mask")
 # difference: fid_domain of the ticket less that of the arm, with the ends of its interval
 Row = collections.namedtuple("Row", "variant arm sparsity seeds fid_domain sd "
                              "difference low high val_loss")
@@ -54,8 +53,8 @@ class SigmaDiffusion(Diffusion):
     """The noise levels of score-based models, log-uniform from 0.01 to 50 (2011.13456,
     appendix C), in a million steps: almost continuous. Its input is scaled to unit variance."""
 
-    def __init__(self, prediction="eps"):
-        super().__init__(1_000_000, "sigma", prediction)
+    def __init__(self, prediction="eps", weighting="plain"):
+        super().__init__(1_000_000, "sigma", prediction, weighting)
 
     @staticmethod
     def make_betas(T, schedule):
@@ -81,7 +80,7 @@ class ScoreBased(lth.Experiment):
 
     def __init__(self, args, guard=None):
         super().__init__(args, guard)
-        self.diffusion = SigmaDiffusion(args.prediction)
+        self.diffusion = SigmaDiffusion(args.prediction, args.weighting)
 
 
 # --------------------------------------------------------------------------- the runs
@@ -110,14 +109,12 @@ def parse(name, rest, folder=None):
 def arm_rows(name, exp, seeds):
     """Rows: the arms at the last round, paired by seed with the ticket."""
     def rows_of(arm):
-        number = 0 if arm in ("dense", "twin") else exp.args.rounds
+        number = 0 if arm == "dense" else exp.args.rounds
         return [exp.rows.get(lth.Job(seed, number, arm)) for seed in seeds]
 
     ticket = [row["fid_domain"] for row in rows_of("ticket")]
     for arm in ARMS:
         rows = rows_of(arm)
-        if None in rows:  # no twin where k is 0
-            continue
         fids = [row["fid_domain"] for row in rows]
         gap = [None] * 3
         if arm != "ticket":
@@ -128,9 +125,8 @@ def arm_rows(name, exp, seeds):
 
 
 def trained(exp, seed):
-    """The dense network of a seed, trained from step k if k is not 0."""
-    twin = lth.Job(seed, 0, "twin")
-    return exp.load(twin if twin in exp.rows else lth.Job(seed, 0, "dense")).model
+    """The dense network of a seed."""
+    return exp.load(lth.Job(seed, 0, "dense")).model
 
 
 def block_rows(name, exp, seeds):
@@ -139,14 +135,14 @@ def block_rows(name, exp, seeds):
     The latter is the next seed's; with a single seed one more network is trained.
     """
     for number, seed in enumerate(seeds):
-        model, probe = trained(exp, seed), theta(exp, seed)
-        order = PROBE_SEED + seed
-        fit(exp, f"variants_probe_seed{seed}", seed, probe, seed=order)
+        model, probe, order = trained(exp, seed), exp.new_model(seed), PROBE_SEED + seed
+        state = checkpoint(exp, seed)
+        fit(exp, f"variants_probe_seed{seed}", seed, probe, None, state, seed=order)
         if len(seeds) > 1:
             other = trained(exp, seeds[(number + 1) % len(seeds)])
         else:
             other = exp.new_model(lth.REINIT_SEED + seed)
-            fit(exp, f"variants_null_seed{seed}", seed, other, start=0)
+            fit(exp, f"variants_null_seed{seed}", seed, other)
         null = block_similarity(model, other)
         for block, value in block_similarity(model, probe).items():
             yield [name, seed, block, value, null[block]]

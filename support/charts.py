@@ -338,12 +338,12 @@ def sample_rows(rows, path, title, note=""):
 
 
 def heat_map(matrix, row_labels, col_labels, path, title, note="",
-             log=False, x_label="", bar_label=""):
+             log=False, x_label="", bar_label="", marked=()):
     """Draw a matrix as coloured cells, with the values in them where they fit.
 
     matrix: numbers [R][C]; None and NaN are grey. row_labels, col_labels: R and C texts. log: the
     colours follow log10 of the values. x_label: text above the columns. bar_label: text beside the
-    colour bar, such as the unit of the values.
+    colour bar, such as the unit of the values. marked: (row, column) of cells with a star.
     """
     values = np.array(matrix, float)
     left = 28 + _size(*row_labels, size=12)[0]
@@ -360,15 +360,16 @@ def heat_map(matrix, row_labels, col_labels, path, title, note="",
         y = top + (i + 0.5) * ROW
         page.text(left - 8, y, label, 12, anchor="rm")
         for j, value in enumerate(values[i]):
-            _cell(page, left + j * wide, y, wide, value, axis(value))
+            text = f"{value:.2f}{'*' * ((i, j) in marked)}"
+            _cell(page, left + j * wide, y, wide, text, axis(value))
     length = min(240, max(high, 140))
     _colour_bar(page, right + 20, top, length, axis, bar_label)
     page.save(path)
 
 
-def _cell(page, x, y, wide, value, share):
+def _cell(page, x, y, wide, text, share):
     """Draw one cell of a heat map; share: its place on the colour bar, 0 to 1 or NaN."""
-    known, text = math.isfinite(share), f"{value:.2f}"
+    known = math.isfinite(share)
     colour = _viridis(share) if known else EMPTY
     page.line([(x, y), (x + wide - 1, y)], colour, ROW - 1)
     if known and _size(text, size=11)[0] < wide - 4:

@@ -19,8 +19,8 @@ DATASETS = {  # name -> ((channels, height, width), number of classes)
 # What each data set is trained with unless flags say otherwise, sized for two CPU cores.
 # In the few steps of digits a short memory of Adam (beta2) halves fid_domain, 11.9 to 4.9, and
 # the ancestral sampler takes off a sixth of it (one seed, n=250). MNIST: checks/speed.py budget.
-USUAL = dict(prediction="v", batch=32, lr=4e-3, beta2=0.999, ema=0.995, sampler="ddim", nfe=50,
-             samples=2000)
+USUAL = dict(prediction="v", weighting="min-snr", batch=32, lr=4e-3, beta2=0.999, ema=0.995,
+             sampler="ddim", nfe=50, samples=2000)
 CIFAR = USUAL | dict(preset="cifar", steps=4000, batch=64, lr=1e-3, ema=0.999)
 DEFAULTS = {
     "digits": USUAL | dict(preset="tiny", steps=560, lr=9e-3, beta2=0.95, ema=0.99,
@@ -30,7 +30,7 @@ DEFAULTS = {
     "cifar10": CIFAR,
     "cifar100": CIFAR,
 }
-PAPER = dict(prediction="eps")  # of --preset paper: 2006.11239, section 3.2
+PAPER = dict(prediction="eps", weighting="plain")  # of --preset paper: 2006.11239, section 3.2
 SCORE = "magnitude"  # of --scope global
 
 
@@ -191,6 +191,8 @@ def add_training_flags(parser, presets):
         help="noise schedule (default: linear)")
     add("--prediction", choices=["eps", "v"],
         help="what the network predicts (default: by data set; eps with --preset paper)")
+    add("--weighting", choices=["plain", "min-snr"],
+        help="of the loss by noise level (default: by data set; plain with --preset paper)")
     add("--samples", type=positive_int, metavar="N", help="images drawn per measurement")
     add("--sampler", choices=["ddpm", "ddim", "dpm"], help="default: by data set")
     add("--nfe", type=evaluations, help="network evaluations per sample (default: by data set)")

@@ -9,15 +9,16 @@ import torch
 from support import charts, cli, ranks, runs
 from support.verdict import verdicts
 
-COLUMNS = """seed round arm sparsity live_weights total_weights fid_domain precision_domain
-    recall_domain classes_domain mean_pixel fid kid kid_error inception_score precision recall
-    n_samples val_loss val_loss_t0 val_loss_t1 val_loss_t2 val_loss_t3 val_loss_t4 train_loss
-    layers_at_minimum steps train_steps_total train_macs_total macs_dense macs_live ticket_bytes train_seconds
+COLUMNS = """seed round arm sparsity live_weights total_weights layers_at_minimum
+    fid_domain precision_domain recall_domain classes_domain mean_pixel
+    fid kid kid_error inception_score precision recall n_samples
+    val_loss val_loss_t0 val_loss_t1 val_loss_t2 val_loss_t3 val_loss_t4 train_loss
+    steps train_steps_total train_macs_total macs_dense macs_live ticket_bytes train_seconds
     seconds_per_1000 train_memory sample_memory""".split()
 # column -> its name in the table at the end
 QUALITY = dict(fid_domain="fid_domain", precision_domain="prec.", recall_domain="recall",
-               classes_domain="classes", mean_pixel="pixel", fid="fid", kid="kid", inception_score="IS", precision="prec. (I)",
-               recall="recall (I)")
+               classes_domain="classes", mean_pixel="pixel", fid="fid", kid="kid",
+               inception_score="IS", precision="prec. (I)", recall="recall (I)")
 FROM_START = "dense", "reinit", "small"  # arms that train from step 0
 FORMS = dict(val_loss="{:.4f}", kid="{:.4f}", mean_pixel="{:.1f}")
 ARMS = dict(ticket="ticket", reinit="reinit (same mask, new init)",
@@ -125,28 +126,44 @@ def arms_of(rows, number, metric="fid_domain"):
 
 
 def conclude(args, rows, found, reference):
-    """One sentence per control round: the figures and the verdict; found: {round: Verdict}."""
+    """The figures and the verdict of each control round by each metric, and where metrics disagree;
+    found: {metric: {round: Verdict}}."""
     said = []
-    for number, verdict in found.items():
-        means = {arm: np.mean(list(values.values()))
-                 for arm, values in arms_of(rows, number).items() if values}
-        if len(means) == 4:
-            pruned = next(row["sparsity"] for job, row in rows.items()
-                          if (job.round, job.arm) == (number, "ticket"))
-            figures = ", ".join(f"{arm} {value:.1f}" for arm, value in means.items())
-            said.append(f"At {100 * pruned:.1f} % sparsity fid_domain is {figures} (real images "
-                        f"{reference['fid_domain']:.1f}); {verdict}.")
+    for metric, by_round in found.items():
+        real = f" (real images {reference[metric]:.1f})" if metric in reference else ""
+        for number, verdict in by_round.items():
+            arms = arms_of(rows, number, metric)
+            if all(arms.values()):
+                form = FORMS.get(metric, "{:.1f}").format
+                figures = ", ".join(f"{arm} {form(np.mean(list(values.values())))}"
+                                    for arm, values in arms.items())
+                said.append(f"At {sparsity_of(rows, number)} sparsity {metric} is {figures}{real}; "
+                            f"{verdict}.")
+    for number in next(iter(found.values())):
+        answers = {metric: by_round[number].winning for metric, by_round in found.items()}
+        if set(answers.values()) == {True, False}:
+            won = [metric for metric, winning in answers.items() if winning]
+            said.append(f"At {sparsity_of(rows, number)} the metrics DISAGREE: winning by "
+                        f"{won[0]} alone.")
     if args.samples < 10_000:
         said.append(f"FID from {args.samples:,} samples: not comparable with papers, only within "
                     "this table.")
     return "\n".join(said)
 
 
+def sparsity_of(rows, number):
+    """How much the ticket of a round has lost, as text."""
+    found = [row["sparsity"] for job, row in rows.items()
+             if (job.round, job.arm) == (number, "ticket")]
+    return f"{100 * found[0]:.1f} %"
+
+
 def write_table(exp, margin):
     """Write results.csv and table.md; print the table and the verdict at this margin."""
     a, n, rows = exp.args, len(exp.real), {job: exp.rows[job] for job in exp.planned}
     compared = a.control_rounds if {"reinit", "random"} <= set(a.controls) else ()
-    found = verdicts({r: arms_of(rows, r) for r in compared}, margin=margin)
+    found = {metric: verdicts({r: arms_of(rows, r, metric) for r in compared}, margin=margin,
+                              metric=metric) for metric in ("fid_domain", "val_loss")}
     write_results(a.out, exp.planned, rows)
     header, table = summarise(rows, exp.reference, n)
     said = conclude(a, rows, found, exp.reference)
@@ -217,7 +234,7 @@ def draw_run(exp, sizes):
             f"{', '.join(map(str, a.seeds))}.")
     draw_sample_rows(a, rows, states, note)
     draw_quality(a, rows, exp.reference, len(exp.real), note)
-    draw_layers(a, states, sizes, note)
+    draw_layers(a, rows, states, sizes, note)
     draw_losses(a, rows, states, note)
 
 
@@ -249,15 +266,19 @@ def draw_losses(args, rows, states, note):
                            f"{args.seeds[0]}. {note}")
 
 
-def draw_layers(args, states, sizes, note):
-    """Density of every layer by round; a channel ticket is compared with the dense network."""
+def draw_layers(args, rows, states, sizes, note):
+    """Density of every layer by round, * where it is at its minimum; a channel ticket is compared
+    with the dense network."""
     live = {job: live_by_layer(state["masks"]) for job, state in states.items()
             if job.arm in ("dense", "ticket")}
     matrix = [[counts[name] / size for counts in live.values()] for name, size in sizes.items()]
+    marked = {(i, j) for i, name in enumerate(sizes) for j, job in enumerate(live)
+              if name in rows[job]["at_minimum"]}
     charts.heat_map(matrix, [name.removesuffix(".weight") for name in sizes],
                     [str(job.round) for job in live], os.path.join(args.out, "layers.png"),
-                    "Where the ticket lives: density of every layer by round", note, log=True,
-                    x_label="round", bar_label="live / all")
+                    "Where the ticket lives: density of every layer by round",
+                    f"*: the layer is at the minimum that pruning leaves it. {note}", log=True,
+                    x_label="round", bar_label="live / all", marked=marked)
 
 
 def live_by_layer(bits):

@@ -3,15 +3,18 @@ import dataclasses
 import math
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
+
+POWER = 0.8  # at which "not shown" says what would have been
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """What n seeds show of one sparsity; str(verdict) is the sentence to print.
 
-    tests: {comparison: one-sided p}; p: the largest; p_holm: adjusted over sparsities. effects:
-    {arm: (mean of ticket - arm, low, high)} at level 1 - 2 alpha. winning: True, False or None.
+    tests: {comparison: one-sided p}; p: the largest; p_holm: adjusted over sparsities. gaps:
+    {comparison: the true gap that such a test finds with power POWER}. effects: {arm: (mean of
+    ticket - arm, low, high)} at level 1 - 2 alpha. winning: True, False or None.
     """
     n: int
     metric: str
@@ -19,6 +22,7 @@ class Verdict:
     alpha: float
     tests: dict
     effects: dict
+    gaps: dict = dataclasses.field(default_factory=dict)
     p: float | None = None
     p_holm: float | None = None
     why: str = ""
@@ -36,10 +40,11 @@ class Verdict:
         adjusted = "" if self.p_holm is None else f", Holm {self.p_holm:.3g}"
         effects = ", ".join(f"ticket - {arm} {mean:+.4g} [{low:+.4g}, {high:+.4g}]"
                             for arm, (mean, low, high) in self.effects.items())
-        failed = ", ".join(f"{test} (p={p:.3g})" for test, p in self.tests.items()
-                           if not p < self.alpha)
+        failed = ", ".join(f"{test} (p={p:.3g}; needs a gap of {self.gaps[test]:.3g})"
+                           for test, p in self.tests.items() if not p < self.alpha)
+        power = f" for a power of {POWER:.0%} at this spread" if failed else ""
         return (f"{said}: n={self.n} seeds, {self.metric}, p={self.p:.3g}{adjusted}; {effects} at "
-                f"{100 - 200 * self.alpha:.0f} %{failed and '; not shown: ' + failed}")
+                f"{100 - 200 * self.alpha:.0f} %{failed and '; not shown: ' + failed}{power}")
 
 
 def verdict(table, margin=0.10, alpha=0.05, metric="fid_domain"):
@@ -64,12 +69,24 @@ def verdict(table, margin=0.10, alpha=0.05, metric="fid_domain"):
         why = f": {', '.join(broken)} not finite" if broken else ""
         return Verdict(**known, tests={}, effects={}, why=why)
     dense, ticket, reinit, random = values
-    tests = {f"within {100 * margin:g} % of dense": t_test(ticket - (1 + margin) * dense, alpha)[0],
-             "better than reinit": t_test(ticket - reinit, alpha)[0],
-             "better than random": t_test(ticket - random, alpha)[0]}
+    gaps = {f"within {100 * margin:g} % of dense": ticket - (1 + margin) * dense,
+            "better than reinit": ticket - reinit, "better than random": ticket - random}
+    tests = {name: t_test(gap, alpha)[0] for name, gap in gaps.items()}
+    least = detectable(len(seeds), alpha)
+    found = {name: least * float(gap.std(ddof=1)) for name, gap in gaps.items()}
     effects = {name: t_test(ticket - row, alpha)[1] for name, row in zip(names, values)
                if name != "ticket"}
-    return Verdict(**known, tests=tests, effects=effects, p=max(tests.values()))
+    return Verdict(**known, tests=tests, effects=effects, gaps=found, p=max(tests.values()))
+
+
+def detectable(n, alpha):
+    """The true mean, in standard deviations of the differences, that a one-sided paired t test of
+    n seeds finds with power POWER."""
+    limit = stats.t.ppf(1 - alpha, n - 1)
+
+    def lack(effect):
+        return POWER - stats.nct.sf(limit, n - 1, effect * math.sqrt(n))
+    return float(optimize.brentq(lack, 0, 100))
 
 
 def t_test(differences, alpha):

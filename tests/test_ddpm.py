@@ -547,12 +547,12 @@ def test_stop_and_resume_changes_no_bit(options):
     model = net(**shape)
     ema, losses = train(model, Diffusion(), images(), **common,
                         checkpoint=lambda step, get: states.append(saved(get)))
-    assert [s["step"] for s in states] == [1, 2, 3, 4, 5, 6]
+    assert [s["step"] for s in states] == [0, 1, 2, 3, 4, 5, 6]
     torch.rand(17)  # a new process has another global generator
     other, resumed = net(seed=1, **shape), []
-    other_ema, other_losses = train(other, Diffusion(), images(), state=states[2], **common,
+    other_ema, other_losses = train(other, Diffusion(), images(), state=states[3], **common,
                                     checkpoint=lambda step, get: resumed.append(saved(get)))
-    assert [s["step"] for s in resumed] == [4, 5, 6]
+    assert [s["step"] for s in resumed] == [3, 4, 5, 6]
     assert_same(states[-1], resumed[-1])
     assert losses == other_losses and [step for step, _ in losses] == [1, 2, 3, 4, 5, 6]
     assert_same(model.state_dict(), other.state_dict())
@@ -573,11 +573,11 @@ def test_dropout_does_not_depend_on_the_global_generator():
 
 def test_resume_in_the_middle_of_a_window():
     """200 steps make windows of 2; a state of 193 steps carries the half-filled one."""
-    states, options = {}, dict(steps=200, batch=4, lr=0.05)
+    states, options = {}, dict(start=190, steps=200, batch=4, lr=0.05)
 
     def keep(step, get):
         states[step] = saved(get)
-    _, losses = train(Tiny(), Diffusion(), images(), start=190, checkpoint=keep, **options)
+    _, losses = train(Tiny(), Diffusion(), images(), checkpoint=keep, **options)
     assert [step for step, _ in losses] == [192, 194, 196, 198, 200] and states[193]["window"][1] == 1
     _, resumed = train(Tiny(), Diffusion(), images(), state=states[193], **options)
     assert losses == resumed
@@ -644,7 +644,7 @@ def test_losses_are_window_means():
 
 @pytest.mark.parametrize("steps, start", [(8, 0), (800, 792)], ids=["every step logged", "windows of 8"])
 def test_a_loss_that_is_not_finite_raises_and_is_never_saved(steps, start):
-    """The weight becomes NaN after the fourth step: three states are handed out, none after."""
+    """The weight becomes NaN after the fourth step: four states are handed out, none after."""
     states = []
 
     def ruin(step, model, *_):
@@ -659,7 +659,7 @@ def test_a_loss_that_is_not_finite_raises_and_is_never_saved(steps, start):
     with pytest.raises(FloatingPointError, match="arm"):
         train(Tiny(), Diffusion(), images(), start=start, steps=steps, batch=4, after_step=ruin,
               checkpoint=checkpoint, label="arm")
-    assert [s["step"] for s in states] == [start + 1, start + 2, start + 3]
+    assert [s["step"] for s in states] == [start, start + 1, start + 2, start + 3]
     leaves = [v for s in states for v in flat(s).values() if isinstance(v, (float, torch.Tensor))]
     assert len(leaves) > 30 and all(bool(torch.isfinite(torch.as_tensor(v)).all()) for v in leaves)
 

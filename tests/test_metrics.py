@@ -283,17 +283,21 @@ def test_precision_recall():
 # --- quality of samples -------------------------------------------------------------------------------------
 
 def test_quality_columns_by_extractor():
-    """All of Inception's, the first three of the classifier's; the reference is FID's alone."""
+    """All of Inception's, the first four of the classifier's; the reference is FID's alone."""
     images, generator = pixels(40), torch.Generator().manual_seed(3)
     fake, real = (torch.randn(n, 6, generator=generator) for n in (40, 50))
     scores, inception = torch.randn(40, 1008, generator=generator), metrics.InceptionV3()
     how, reference = (lambda model, x, logits: (fake, scores)), metrics.statistics(2 * real)
     expected = dict(fid=metrics.fid(fake, reference))
     expected["precision"], expected["recall"] = metrics.precision_recall(real, fake)
-    assert metrics.quality(DomainClassifier(), images, real, reference, how) == expected
+    assert metrics.quality(DomainClassifier(), images, real, reference, None, how) == expected
+    found, shares = scores.argmax(1), torch.full((1008,), 1 / 1008)
+    gaps = [abs(int((found == k).sum()) / 40 - 1 / 1008) for k in range(1008)]
+    classes = metrics.quality(DomainClassifier(), images, real, reference, shares, how)
+    assert classes == expected | dict(classes=pytest.approx(sum(gaps) / 2, abs=1e-6))
     expected["kid"], expected["kid_error"] = metrics.kid(fake, real, subset_size=20)
     expected["inception_score"] = metrics.inception_score((scores - inception.fc.bias).softmax(1))[0]
-    assert metrics.quality(inception, images, real, reference, how) == expected
+    assert metrics.quality(inception, images, real, reference, None, how) == expected
 
 
 class Means(nn.Module):

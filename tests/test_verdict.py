@@ -69,7 +69,7 @@ def test_each_test_can_fail_alone(tmp_path, capsys, arm, values, test):
         arms |= dict(reinit=(24, 25, 26.5), random=(30, 31, 29))
     said = told(capsys, write(tmp_path / "a.csv", arms))
     assert "not shown to win: n=3" in said and said.count("(p=") == 1 and f"not shown: {test} (p=" in said
-    assert "80 % power, in each test: from 2.3 sd" in said
+    assert "80% power, in each test: from 2.3 sd" in said
 
 
 def test_margin_and_alpha(tmp_path, capsys):
