@@ -18,9 +18,9 @@ import torch
 
 import metrics
 from ddpm import Diffusion, as_input, check_model, denoiser, draw_samples, train
-from prune import (apply_masks, at_minimum, dense_masks, least_kept, live_total, mask_hooks,
-                   pack_masks, prunable, prune_magnitude, random_masks, rewind, save_ticket,
-                   unpack_masks)
+from prune import (apply_masks, at_minimum, dense_masks, least_kept, live_counts, live_total,
+                   mask_hooks, pack_masks, prunable, prune_magnitude, random_masks, rewind,
+                   save_ticket, unpack_masks)
 from support import cli, data, ranks, report, runs
 from unet import PRESETS, UNet, narrower
 
@@ -32,6 +32,7 @@ MARGIN = 0.10  # of dense: how much worse a ticket may be and count as equal; fi
 REINIT_SEED = 500_000  # added to the seed for the control's new initialisation
 MASK_SEED = 700_000  # of masks drawn or shuffled at random
 FINETUNE_LR = 0.1  # `finetune` trains at this share of --lr, since a decaying schedule ends near 0
+STEP_K = ".step_k.pt"  # ends the name of the dense network's training state at step k
 FINISHED = "row", "config", "model", "ema", "masks", "losses"  # in a finished job's file
 CONTROLS = "reinit", "random", "finetune", "small"
 FREE = "device", "data_dir", "out", "inception", "seeds"  # flags that may differ when a run goes on
@@ -231,7 +232,7 @@ class Experiment:
 
         def checkpoint(step, get_state):
             if step == keep_step:
-                runs.save_state(checkpoint_path(out, job.seed), **get_state())
+                runs.save_state(job.path(out, STEP_K), **get_state())
             self.guard(step, get_state)
 
         def packed():
@@ -262,7 +263,7 @@ class Experiment:
         state, checkpoint = runs.load_state(job.path(self.args.out), FINISHED), None
         model, masks = self.rebuild(state)
         if job.arm == "dense":
-            path = checkpoint_path(self.args.out, job.seed)
+            path = job.path(self.args.out, STEP_K)
             checkpoint = runs.load_state(path, ["step", "model", "ema", "optimizer"])
         self.rows[job] = state["row"]
         return Trained(model, self.rebuild(state, "ema")[0], masks, state["row"], checkpoint)
@@ -341,14 +342,6 @@ class Experiment:
                  for i, part in enumerate(errors.tensor_split(RANGES))}
         return dict(val_loss=errors.mean().item()) | found
 
-    def val_loss(self, model):
-        """The first of errors(): one number for the quality of a model, lower is better."""
-        return self.errors(model)["val_loss"]
-
-
-def checkpoint_path(out, seed):
-    return os.path.join(out, f"seed{seed}", "step_k.pt")
-
 
 # --------------------------------------------------------------------------- command line
 def make_parser(**options):
@@ -363,15 +356,7 @@ def parse_args(argv=None, parser=None, name="", **fixed):
     """(flags, checked and completed; parser). name: of a method's folder. fixed: {flag: the only
     value that the method takes}."""
     parser = parser or make_parser(prog="lth_diffusion.py", description=__doc__.split("\n")[0])
-    parser.set_defaults(**fixed)
-    args = parser.parse_args(argv)
-    with cli.one_line(parser):
-        for flag, value in fixed.items():
-            if getattr(args, flag) != value:
-                cli.refuse(flag, f"{parser.prog} fixes it at {value}")
-        cli.complete(args, name)
-        check_args(args)
-    return args, parser
+    return cli.parse(parser, argv, name, fixed, check_args), parser
 
 
 def check_args(args):
@@ -391,19 +376,9 @@ def run(args, parser, find=find_tickets, plan=jobs, experiment=Experiment):
     with runs.open_folder(args, parser, FREE) as (guard, reasons):
         exp = experiment(args, guard)
         exp.planned = plan(args)
-        ranks.wait_for_all()
-        done = {job for job in exp.planned if os.path.exists(job.path(args.out))}
-        if ranks.first():
-            report.write_config(exp, parser.prog, MARGIN)
-        if len(done) < len(exp.planned):
-            model = exp.new_model(0)
-            exp.cost = report.measure_speed(exp, model, train, denoiser(model, args.precision))
-        report.announce(exp, done, reasons)
+        report.begin(exp, parser.prog, MARGIN, reasons, train, denoiser)
         find(args, exp)
-        if ranks.first():
-            sizes = {name: p.numel() for name, p in prunable(exp.new_model(0)).items()}
-            report.draw_run(exp, sizes)
-            report.write_table(exp, MARGIN)
+        report.end(exp, live_counts(dense_masks(exp.new_model(0))), MARGIN)
     return exp
 
 

@@ -60,30 +60,24 @@ def prune_magnitude(model, masks, fraction, scope="global", layer_fractions=None
     its layer that are no smaller (Lee et al., Layer-adaptive Sparsity, 2021, 2010.07611).
     """
     scores = {name: p.detach().abs() for name, p in prunable(model).items()}
+    if score not in ("magnitude", "normalized", "lamp"):
+        raise ValueError(f"score={score!r}: choose magnitude, normalized or lamp")
     if score != "magnitude":
-        scores = {name: RESCALED[score](one, masks[name]) for name, one in scores.items()}
+        scores = {name: rescaled(one, masks[name], score) for name, one in scores.items()}
     if scope == "ramp" and layer_fractions is None:
         layer_fractions = ramp_rates(model, fraction)
     return prune_scores(scores, masks, fraction, scope, layer_fractions)
 
 
-def normalized(size, mask):
-    """|w| over the root mean square of a layer's live weights: layers that start at zero, and stay
-    small, count as much as others."""
-    return size / size[mask].square().mean().sqrt().clamp(min=1e-30)
-
-
-def lamp(size, mask):
-    """LAMP scores of |w| (2010.07611, eq. 4), in the layer's order of |w|."""
+def rescaled(size, mask, score):
+    """|w| of a layer made comparable with other layers': some start at zero and stay small."""
     squares = size.double().square().masked_fill(~mask, 0.0).flatten()
-    order = squares.argsort(descending=True, stable=True)
-    ranked = squares[order]
+    if score == "normalized":
+        return size / (squares.sum() / mask.sum()).sqrt().clamp(min=1e-30)
+    ranked, order = squares.sort(descending=True, stable=True)
     scores = torch.empty_like(ranked)
     scores[order] = ranked / ranked.cumsum(0).clamp(min=1e-300)
     return scores.view(size.shape)
-
-
-RESCALED = dict(normalized=normalized, lamp=lamp)
 
 
 def prune_scores(scores, masks, fraction, scope="global", layer_fractions=None):

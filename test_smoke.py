@@ -42,7 +42,7 @@ def test_results_hold_exact_counts(finished):
     _, out, _, _ = finished
     with open(os.path.join(out, "results.csv")) as file:
         rows = list(csv.DictReader(file))
-    assert [(r["round"], r["arm"]) for r in rows if r["arm"] != "twin"] == [
+    assert [(r["round"], r["arm"]) for r in rows] == [
         ("0", "dense"), ("1", "ticket"), ("2", "ticket"), ("2", "reinit"), ("2", "random"),
         ("2", "finetune")]
     live = {(r["round"], r["arm"]): int(r["live_weights"]) for r in rows}

@@ -422,7 +422,7 @@ def point(exp, name, steps, seconds, seed):
                           warmup=max(1, steps // 20), label=f"{name}, {steps} steps")
     ema, _ = train(model, exp.diffusion, exp.images, **options | setting)
     found = dict(setting=name, steps=steps, batch=setting["batch"],
-                 seconds=steps * seconds, val_loss=exp.val_loss(ema.model))
+                 seconds=steps * seconds, val_loss=exp.errors(ema.model)["val_loss"])
     for sampler, label in SAMPLERS.items():
         quality = exp.quality(exp.draw(ema.model, sampler=sampler))
         found[label] = quality["fid_domain"]

@@ -102,8 +102,8 @@ def take_dense(source, args):
         runs.claim(args.out)
     for job in lth.jobs(args) if source not in (None, args.out) else ():
         if job.round == 0:
-            state = [lth.checkpoint_path(out, job.seed) for out in (source, args.out)]
-            for old, new in ((job.path(source), job.path(args.out)), state):
+            for ending in ".pt", lth.STEP_K:
+                old, new = job.path(source, ending), job.path(args.out, ending)
                 if os.path.exists(old) and not os.path.exists(new):
                     with runs.atomic(new) as temporary:
                         shutil.copyfile(old, temporary)
@@ -111,7 +111,7 @@ def take_dense(source, args):
 
 def checkpoint(exp, seed):
     """The training state of a finished run's dense network at step k: where tickets go back to."""
-    path = lth.checkpoint_path(exp.args.out, seed)
+    path = lth.Job(seed, 0, "dense").path(exp.args.out, lth.STEP_K)
     return runs.load_state(path, ("step", "model", "ema", "optimizer"))
 
 

@@ -74,7 +74,7 @@ def path_losses(exp, a, b):
     for alpha in ALPHAS:
         between = {name: value.lerp(end[name], float(alpha))
                    for name, value in start.items()}
-        losses.append(exp.val_loss(build(exp, between)))
+        losses.append(exp.errors(build(exp, between))["val_loss"])
     return losses
 
 
@@ -107,7 +107,7 @@ def one_start(exp, seed, dense, ema, state, masks):
     row["barrier"] = barrier(losses)
     for name, net in nets.items():
         samples = exp.draw(net, seed, label=f"k={k}: sample")
-        row[f"val_loss {name}"] = exp.val_loss(net)
+        row[f"val_loss {name}"] = exp.errors(net)["val_loss"]
         row[f"fid_domain {name}"] = exp.quality(samples)["fid_domain"]
     for excess, column in EXCESS.items():
         ticket, dense = row[f"{column} ticket"], row[f"{column} A"]

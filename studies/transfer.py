@@ -131,7 +131,7 @@ def compare(exp, seed, way, networks):
         fid = exp.quality(exp.draw(ema, seed))["fid_domain"]
         print(f"{words}: fid_domain {fid:.2f}", flush=True)
         start = state["step"] if state else 0
-        figures = exp.args.steps - start, fid, exp.val_loss(ema), exp.args.samples
+        figures = exp.args.steps - start, fid, exp.errors(ema)["val_loss"], exp.args.samples
         yield Row(seed, way, network, 1 - density(masks), *figures)
 
 

@@ -75,7 +75,7 @@ def train_dense(exp, seed, name, setting):
         print(f"{name}: {error}")
         return math.inf, math.inf
     samples = exp.draw(ema, seed, label=f"{name}: sample")
-    return exp.val_loss(ema), exp.quality(samples)["fid_domain"]
+    return exp.errors(ema)["val_loss"], exp.quality(samples)["fid_domain"]
 
 
 def search(exp, n):

@@ -230,6 +230,20 @@ def add_pruning_flags(parser, controls):
         help="three or more give a verdict (default: 0)")
 
 
+def parse(parser, argv, name, fixed, check):
+    """The flags of a pruning run, completed and checked. name: of a method, for its folder. fixed:
+    {flag: the only value that the method takes}. check(args): more checks."""
+    parser.set_defaults(**fixed)
+    args = parser.parse_args(argv)
+    with one_line(parser):
+        for flag, value in fixed.items():
+            if getattr(args, flag) != value:
+                refuse(flag, f"{parser.prog} fixes it at {value}")
+        complete(args, name)
+        check(args)
+    return args
+
+
 def complete(args, name=""):
     """Check and complete the flags of a pruning run; name: of a method, for its folder."""
     fill_defaults(args)

@@ -47,6 +47,27 @@ def write_config(exp, method, margin):
     runs.write_config(a, facts, SAME if exp.device.type == "cpu" else SAME[:-1])
 
 
+def begin(exp, method, margin, reasons, train, denoiser):
+    """Before the first training run: config.json; what will be done, and how long it will take.
+    reasons: why this device; train, denoiser: of ddpm, to be timed."""
+    a = exp.args
+    ranks.wait_for_all()
+    done = {job for job in exp.planned if os.path.exists(job.path(a.out))}
+    if ranks.first():
+        write_config(exp, method, margin)
+    if len(done) < len(exp.planned):
+        model = exp.new_model(0)
+        exp.cost = measure_speed(exp, model, train, denoiser(model, a.precision))
+    announce(exp, done, reasons)
+
+
+def end(exp, sizes, margin):
+    """After the last: the pictures, and the table with its verdicts. sizes: {layer: weights}."""
+    if ranks.first():
+        draw_run(exp, sizes)
+        write_table(exp, margin)
+
+
 def announce(exp, done, reasons):
     """Print device, data, network and plan, and how long it will take here."""
     a, n, model = exp.args, len(exp.real), exp.new_model(0)

@@ -142,6 +142,25 @@ def test_loss_is_the_mean_squared_error_on_eps():
     assert float(loss) == pytest.approx(float(((0.5 * x_t - noise) ** 2).mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_min_snr_weights_by_hand(prediction):
+    """min(SNR, 5) / SNR on eps, min(SNR, 5) / (SNR + 1) on v; the weight on x0 is min(SNR, 5) in both."""
+    diffusion = Diffusion(prediction=prediction, weighting="min-snr")
+    x0, noise = normal(3, 1, 4, 4), normal(3, 1, 4, 4, seed=1)
+    for t in (0, 200, 999):
+        times = torch.full((3,), t)
+        abar = float(diffusion.alphas_bar[t])
+        snr = abar / (1 - abar)
+        error = (noise if prediction == "eps" else
+                 math.sqrt(abar) * noise - math.sqrt(1 - abar) * x0).square().mean().item()
+        weight = min(snr, 5) / (snr + (prediction == "v"))
+        found = diffusion.loss(lambda x, t: torch.zeros_like(x), x0, times, noise).item()
+        assert found == pytest.approx(weight * error, rel=1e-5)
+        assert weight * (snr if prediction == "eps" else snr + 1) == pytest.approx(min(snr, 5))
+    plain = Diffusion(prediction=prediction).loss(lambda x, t: torch.zeros_like(x), x0, times, noise)
+    assert plain.item() == pytest.approx(error, rel=1e-6)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_predict_undoes_the_parametrisation(schedule):
     """A network that says v, or eps, of a known x_0 exactly: loss 0, and the same eps from both."""
@@ -496,6 +515,29 @@ def test_learning_rate():
         warm, cold = rates(schedule, 10), rates(schedule)
         assert warm[:10] == pytest.approx([c * (s + 1) / 10 for s, c in enumerate(cold[:10])], abs=1e-12)
         assert warm[9:] == cold[9:] and min(warm) > 0
+
+
+def test_the_warm_up_begins_where_a_new_optimizer_does():
+    rates = [learning_rate(step, 100, 2.0, "constant", 4, start=10) for step in range(10, 16)]
+    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    late = [learning_rate(step, 100, 2.0, "cosine", 4) for step in range(10, 16)]  # long over
+    assert late == [learning_rate(step, 100, 2.0, "cosine", 0) for step in range(10, 16)]
+
+
+def test_a_state_without_an_optimizer_starts_it_anew():
+    """As `finetune` does: weights, average and its count are kept, Adam is new behind its warm-up."""
+    states, options = [], dict(steps=8, batch=4, lr=1e-2, warmup=2)
+    train(net(), Diffusion(), images(), checkpoint=lambda step, get: states.append(saved(get)), **options)
+    model, seen, rates = net(seed=1), [], []
+    fresh = states[4] | dict(optimizer=None)
+    ema, _ = train(model, Diffusion(), images(), state=fresh, start=4, **options,
+                   checkpoint=lambda step, get: seen.append(saved(get)),
+                   after_step=lambda step, model, opt, ema: rates.append(opt.param_groups[0]["lr"]))
+    assert rates == [0.005, 0.01, 0.01, 0.01] and ema.updates == 8
+    assert seen[0]["optimizer"]["state"] == {} and [s["step"] for s in seen] == [4, 5, 6, 7, 8]
+    assert_same(seen[0]["model"], states[4]["model"])
+    assert_same(seen[0]["ema"], states[4]["ema"])
+    assert all(float(one["step"]) == 4 for one in seen[-1]["optimizer"]["state"].values())
 
 
 def test_batch_is_a_function_of_seed_and_step():

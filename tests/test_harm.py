@@ -90,7 +90,7 @@ def test_ddpm_stopped_in_training_goes_on_to_the_bit(tmp_path, monkeypatch, caps
     ddpm.main([*ALONE, "--out", whole])
     steps = []
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "any_rank", lambda flag: flag or steps.append(0) or len(steps) == 3)
+        patch.setattr(runs, "any_rank", lambda flag: flag or steps.append(0) or len(steps) == 4)
         code, said = refusal(capsys, ddpm.main, *ALONE, "--out", stopped)
     assert code == 130 and os.listdir(stopped).count("model.partial.pt") == 1
     ddpm.main([*ALONE, "--out", stopped])

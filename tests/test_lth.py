@@ -46,6 +46,7 @@ def quick(monkeypatch):
     ("--round 3", "--round"), ("--lr x", "x is not a positive number"),
     ("--seeds a", "a is not a whole number"), ("--preset cifar --dataset mnist", "--preset"),
     ("--rounds 3 --prune-rate 0.99", "--prune-rate"), ("--final-sparsity 0.99999", "--final-sparsity"),
+    ("--score lamp --scope layer", "--score"), ("--warmup -1", "--warmup"),
     ("--samples 200000000000", "--samples"), ("--batch 99999999999", "--batch"),
 ])
 def test_bad_flags_end_in_one_line(capsys, tmp_path, argv, named):
@@ -66,9 +67,38 @@ def test_methods_refuse_what_they_cannot_do(capsys, tmp_path, main, argv, named)
     assert code == 2 and named in said.splitlines()[-1] and "methods." in said
 
 
-def test_a_rate_that_prunes_nothing_is_allowed():
-    args, _ = lth.parse_args(["--prune-rate", "1e-9"])
-    assert round(args.prune_rate * 365_184) == 0
+@pytest.mark.parametrize("module, flags", [
+    (lth, ""), (lth, "--rewind 0 --optimizer sgd --lr 0.01"), (lth, "--rewind 0.5 --ema 0.5"), (cka, ""),
+    (channels, ""), (channels, "--oneshot --rewind 0.5"), (oneshot, ""), (taylor, ""),
+    (lth, "--score lamp")])
+def test_a_ticket_that_prunes_nothing_is_the_dense_run(quick, tmp_path, module, flags):
+    """To the bit, after training: weights, average, losses and quality; a random mask of all weights too."""
+    out = tmp_path / "run"
+    base = "--rounds 1 --prune-rate 1e-9 --steps 12 --batch 4 --samples 8 --nfe 4 --controls random"
+    module.main([*base.split(), *flags.split(), "--out", str(out)])
+    dense, *others = (runs.load_state(str(out / "seed0" / name))
+                      for name in ("round00_dense.pt", "round01_ticket.pt", "round01_random.pt"))
+    for other in others:
+        for part in ("model", "ema"):
+            assert all(torch.equal(value, other[part][name]) for name, value in dense[part].items()), part
+        assert other["losses"] == dense["losses"]
+        assert all(other["row"][column] == dense["row"][column] for column in
+                   ("fid_domain", "val_loss", "val_loss_t4", "mean_pixel", "classes_domain"))
+    columns = "fid_domain", "val_loss", "recall_domain", "live_weights", "macs_live"
+    rows = [[row[column] for column in columns] for row in results(out) if row["arm"] != "probe"]
+    assert len(rows) == 3 and rows[0] == rows[1] == rows[2]
+
+
+def test_score_is_for_a_ranking_over_the_network():
+    assert lth.parse_args(["--score", "lamp"])[0].score == "lamp"
+    assert lth.parse_args(["--score", "magnitude", "--scope", "layer"])[0].score == "magnitude"
+
+
+@pytest.mark.parametrize("rate, rounds, expected", [
+    (0.2, 10, [5, 10]), (0.2, 3, [3]), (0.5, 4, [2, 4]), (0.9, 1, [1])])
+def test_controls_run_at_the_last_round_and_near_two_thirds(rate, rounds, expected):
+    args, _ = lth.parse_args(["--prune-rate", str(rate), "--rounds", str(rounds)])
+    assert args.control_rounds == expected
 
 
 def test_out_that_cannot_be_written(capsys, tmp_path):
@@ -90,7 +120,7 @@ def test_truncated_data_file_is_named(capsys, tmp_path):
 
 def test_jobs_has_every_round_its_controls():
     args, _ = lth.parse_args(["--rounds", "3", "--control-rounds", "1", "3", "--seeds", "0", "5"])
-    jobs = [job for job in lth.jobs(args) if job.seed == 5 and job.arm != "twin"]
+    jobs = [job for job in lth.jobs(args) if job.seed == 5]
     assert [(j.round, j.arm) for j in jobs] == [
         (0, "dense"), (1, "ticket"), (1, "reinit"), (1, "random"), (2, "ticket"), (3, "ticket"),
         (3, "reinit"), (3, "random")]
@@ -169,8 +199,8 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("main, flags, second", [
-    (taylor.main, "", 50), (rigl.main, "", 30), (rst.main, "--steps 40", 52),
-    (channels.main, "", 45)])
+    (taylor.main, "", 35), (rigl.main, "", 30), (rst.main, "--steps 40", 52),
+    (channels.main, "", 35)])
 def test_stopped_in_the_middle_of_training(tmp_path, monkeypatch, capsys, quick, main, flags, second):
     """A partial state, with dropout, moving masks and a score that is not read off the weights: the
     run that goes on from it ends as the one that was never stopped, to the bit."""
@@ -220,10 +250,11 @@ def test_a_control_starts_where_it_says(uninterrupted):
         found[arm] = masks
         weights = dict(model.named_parameters())
         if arm == "random":
-            assert options["start"] == exp.k
-            assert all(torch.equal(weights[n], dense.theta[n] * m) for n, m in masks.items())
+            assert options["state"]["step"] == exp.k
+            then = dense.checkpoint["model"]
+            assert all(torch.equal(weights[n], then[n] * m) for n, m in masks.items())
         else:
-            assert options["start"] == 0
+            assert "state" not in options
     assert all(torch.equal(found["reinit"][n], m) for n, m in ticket.masks.items())
     assert all(int(found["random"][n].sum()) == int(m.sum()) for n, m in ticket.masks.items())
     assert any(not torch.equal(found["random"][n], m) for n, m in ticket.masks.items())

@@ -336,13 +336,15 @@ class Dry(lth.Experiment):
         super().__init__(args)
         self.asked = {}
 
-    def train(self, job, model, masks=None, **options):
+    def train(self, job, model, masks=None, state=None, **options):
         assert job not in self.asked
         for p in prunable(model).values():  # as after training: no layer holds nothing but zeros
             if not p.any():
                 nn.init.normal_(p)
-        row = dict(train_steps_total=1, train_macs_total=1, steps=1, macs_dense=1)
-        self.asked[job] = lth.Trained(model, model, masks or dense_masks(model), row, model.state_dict())
+        row, state = dict(train_steps_total=1, train_macs_total=1, steps=1, macs_dense=1), None
+        if job.arm == "dense":
+            state = dict(step=self.k, model=model.state_dict(), ema=model.state_dict(), optimizer=None)
+        self.asked[job] = lth.Trained(model, model, masks or dense_masks(model), row, state)
         return self.asked[job]
 
     def load(self, job):

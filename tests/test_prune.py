@@ -2,6 +2,7 @@
 
 Exact unless a tolerance is written beside the comparison.
 """
+import copy
 import math
 import os
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+import prune
 from ddpm import Diffusion, batch_at, train
-from prune import (allocate, apply_masks, blocks_of, dense_masks, density, keep_largest, least_kept,
+from prune import (allocate, apply_masks, at_minimum, blocks_of, dense_masks, density, keep_largest, least_kept,
                    live_counts, live_total as total, load_ticket, mask_hooks, pack_masks, prunable,
                    prune_magnitude, prune_scores, ramp_rates, random_masks, rewind, save_ticket, unpack_masks)
 from unet import PRESETS, ResBlock, UNet
@@ -426,6 +428,60 @@ def test_rewind_with_full_masks_is_theta():
     assert all(torch.equal(value, theta[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_rewind_lays_the_masks_over_the_whole_state(optimizer):
+    """Weights, average and moments are masked, the rest is as it was; the state given is left alone."""
+    model, states = net(), []
+    train(model, Diffusion(), images(), steps=3, batch=4, optimizer=optimizer,
+          checkpoint=lambda step, get: states.append(copy.deepcopy(get())))
+    state, names = states[2], [name for name, _ in model.named_parameters()]
+    kept, masks = copy.deepcopy(state), prune_magnitude(model, dense_masks(model), 0.6)
+    back = rewind(model, masks, state)
+    assert back["step"] == 2 and back["ema_updates"] == 2 and back["losses"] == kept["losses"]
+    for part in ("model", "ema"):
+        for name, value in back[part].items():
+            mask = masks.get(name, torch.ones_like(value, dtype=torch.bool))
+            assert torch.equal(value, torch.where(mask, kept[part][name], 0.0)), (part, name)
+            assert torch.equal(state[part][name], kept[part][name])
+    assert all(torch.equal(value, back["model"][name]) for name, value in model.state_dict().items())
+    found, old = back["optimizer"]["state"], kept["optimizer"]["state"]
+    assert found.keys() == old.keys() == set(range(len(names)))
+    for i, name in enumerate(names):
+        for key, value in old[i].items():
+            mask = masks.get(name)
+            if value is not None and mask is not None and value.shape == mask.shape:
+                assert torch.equal(found[i][key], torch.where(mask, value, 0.0)) and value[~mask].any()
+            else:
+                assert value is None or torch.equal(found[i][key], value)  # step counts, biases, norms
+    assert back["optimizer"]["param_groups"] == kept["optimizer"]["param_groups"]
+
+
+def test_a_state_under_masks_trains_on_sparse_and_leaves_the_state_alone():
+    """Zeros in weights, average and moments from the first step on, without a word from the hooks' start."""
+    model, states, seen = net(), [], []
+    train(model, Diffusion(), images(), steps=2, batch=4,
+          checkpoint=lambda step, get: states.append(copy.deepcopy(get())))
+    masks = prune_magnitude(model, dense_masks(model), 0.6)
+    back = rewind(model, masks, states[1])
+    kept = copy.deepcopy(back)
+
+    def checkpoint(step, get):
+        state = get()
+        names = [name for name, _ in model.named_parameters()]
+        for i, name in enumerate(names):
+            if name in masks:
+                parts = state["model"][name], state["ema"][name], *state["optimizer"]["state"][i].values()
+                assert not any(part[~masks[name]].any() for part in parts if part.shape == masks[name].shape)
+        seen.append(step)
+    train(model, Diffusion(), images(), steps=4, batch=4, state=back, checkpoint=checkpoint,
+          **mask_hooks(model, masks))
+    assert seen == [1, 2, 3, 4]
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, kept[part][name]) for name, value in back[part].items())
+    for one, other in zip(back["optimizer"]["state"].values(), kept["optimizer"]["state"].values()):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
 def test_apply_masks_zeroes_even_what_is_not_finite():
     model = net()
     masks = prune_magnitude(model, dense_masks(model), 0.5)
@@ -662,3 +718,60 @@ def test_any_module_goes_into_a_ticket(tmp_path):
     for wrong in (None, net(), nn.Linear(2, 2)):  # it has no config, and does not fit others
         with pytest.raises(OSError, match="odd.ticket"):
             load_ticket(path, wrong)
+
+
+# ------------------------------------------------------------------------------------------- other scores
+
+class Layers(nn.Module):
+    """Two layers of four weights, of which one is ten times as small."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+            self.b.weight.copy_(torch.tensor([[0.1, 0.2], [0.3, -0.4]]))
+
+
+def test_scores_by_hand():
+    """|w| empties the small layer; |w| over its rms treats both alike; LAMP keeps the largest of each."""
+    model = Layers()
+    left = {score: prune_magnitude(model, dense_masks(model), 0.5, score=score)
+            for score in ("magnitude", "normalized", "lamp")}
+    assert live_counts(left["magnitude"]) == {"a.weight": 3, "b.weight": 1}  # 1 is its minimum
+    assert live_counts(left["normalized"]) == live_counts(left["lamp"]) == {"a.weight": 2, "b.weight": 2}
+    size, mask = model.a.weight.detach().abs(), torch.tensor([[True, True], [False, True]])
+    rms = math.sqrt((1 + 4 + 16) / 3)  # of what lives
+    assert torch.allclose(prune.rescaled(size, mask, "normalized"), size / rms, rtol=1e-6)
+    lamp = prune.rescaled(size, mask, "lamp").flatten()[torch.tensor([0, 1, 3])]
+    assert torch.allclose(lamp, torch.tensor([1 / 21, 4 / 20, 1.0], dtype=torch.float64), rtol=1e-12)
+    with pytest.raises(ValueError, match="score='x'"):
+        prune_magnitude(model, dense_masks(model), 0.5, score="x")
+
+
+@pytest.mark.parametrize("score", ["magnitude", "normalized", "lamp"])
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+def test_scores_keep_exact_counts_and_differ_under_the_global_scope_alone(score, scope):
+    model = net(base=16)
+    masks = plain = dense_masks(model)
+    for fraction in (0.5, 0.37, 0.2):
+        before = total(masks)
+        masks = prune_magnitude(model, masks, fraction, scope, score=score)
+        plain = prune_magnitude(model, plain, fraction, scope)
+        if scope != "layer":
+            assert total(masks) == before - round(fraction * before)
+    same = all(torch.equal(masks[name], plain[name]) for name in masks)
+    assert same == (scope != "global" or score == "magnitude")
+
+
+def test_layers_at_their_minimum_are_counted():
+    masks = {"a": torch.arange(1000) < 900, "b": torch.arange(1000) < 45, "c": torch.arange(1000) < 46}
+    d = (900 + 45 + 46) / 3000  # 0.33: the minimum is 33.03, rounded up
+    assert at_minimum(masks) == [] and least_kept(1000, d) == 34
+    masks["b"] = torch.arange(1000) < 33
+    assert at_minimum(masks) == ["b"]
+    model = net()
+    nn.init.normal_(model.conv_out.weight, std=1e-4)  # the first to go
+    left = prune_magnitude(model, dense_masks(model), 0.8)
+    assert "conv_out.weight" in at_minimum(left) and at_minimum(dense_masks(model)) == []
+    assert "conv_out.weight" not in at_minimum(prune_magnitude(model, dense_masks(model), 0.8, "layer"))

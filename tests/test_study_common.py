@@ -14,8 +14,8 @@ import lth_diffusion as lth
 from lth_diffusion import Job
 from prune import dense_masks, live_counts, prunable, prune_magnitude, random_masks
 from studies import common
-from studies.common import (Study, check_rounds, density_by_block, deviation, fit, open_run, over_seeds,
-                            overlap, rows_of, slope, take_dense, theta, ticket_masks)
+from studies.common import (Study, check_rounds, checkpoint, density_by_block, deviation, fit, open_run,
+                            over_seeds, overlap, rows_of, slope, take_dense, ticket_masks)
 from support import cli
 from unet import ResBlock, UNet
 
@@ -170,21 +170,24 @@ def test_open_run_refuses_what_is_no_run(tmp_path, finished):
 
 
 def test_fit_repeats_a_ticket_to_the_bit_and_keeps_it(finished, monkeypatch):
-    """From theta with the ticket's masks it is the ticket; asked again it trains nothing."""
+    """From the state of step k, under the ticket's masks, it is the ticket; asked again it trains nothing."""
     out, exp, _ = finished
     ticket = exp.load(Job(0, 1, "ticket"))
-    masks, model = ticket_masks(exp, 0), theta(exp, 0)
-    ema = fit(exp, "again", 0, model, masks)
+    masks, model, state = ticket_masks(exp, 0), exp.new_model(0), checkpoint(exp, 0)
+    ema = fit(exp, "again", 0, model, masks, state)
     for found, wanted in ((model, ticket.model), (ema, ticket.ema)):
         assert all(torch.equal(v, wanted.state_dict()[n]) for n, v in found.state_dict().items())
     monkeypatch.setattr(common, "train", None)  # a second training run would fail
-    other = theta(exp, 0)
+    other = exp.new_model(0)
     assert all(torch.equal(v, ema.state_dict()[n])
-               for n, v in fit(exp, "again", 0, other, masks).state_dict().items())
+               for n, v in fit(exp, "again", 0, other, masks, state).state_dict().items())
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in other.state_dict().items())
     for changed in (dict(seed=1), dict(lr=0.5)):  # trained otherwise: another network
         with pytest.raises(TypeError):
-            fit(exp, "again", 0, theta(exp, 0), masks, **changed)
+            fit(exp, "again", 0, exp.new_model(0), masks, state, **changed)
+    for fresh in (None, state | dict(optimizer=None), state | dict(ema=state["model"])):
+        with pytest.raises(TypeError):
+            fit(exp, "again", 0, exp.new_model(0), masks, fresh)
 
 
 def test_take_dense_spares_the_dense_runs(finished, tmp_path):
@@ -193,8 +196,8 @@ def test_take_dense_spares_the_dense_runs(finished, tmp_path):
     take_dense(out, args)
     dense = [job for job in rows if job.round == 0]
     assert rows_of(args) == {job: rows[job] for job in dense} and len(dense) > 0
-    assert all(torch.equal(v, theta(exp, 0).state_dict()[n])
-               for n, v in theta(lth.Experiment(args), 0).state_dict().items())
+    assert all(torch.equal(v, checkpoint(exp, 0)["model"][n])
+               for n, v in checkpoint(lth.Experiment(args), 0)["model"].items())
     path = tmp_path / "new" / "seed0" / "round00_dense.pt"
     path.write_bytes(b"mine")
     take_dense(out, args)

@@ -97,11 +97,11 @@ def row(seed, number, arm, fid, steps):
 
 
 def test_summary_by_hand():
-    """A shared dense network counts once; a twin and the dense network of a longer cut are left out."""
+    """A shared dense network counts once; the dense network of a longer cut is left out."""
     dense = [row(seed, 0, "dense", 10.0 + seed, 20) for seed in (0, 1)]
     tickets = [row(seed, 1, "ticket", 11.0 - seed, 40) for seed in (0, 1)]
-    cut = [row(0, 0, "dense", 5.0, 21), row(0, 0, "twin", 6.0, 21), row(0, 1, "ticket", 4.0, 40)]
-    found = {"imp": [*dense, row(0, 0, "twin", 12.0, 20), *tickets], "oneshot": [dense[0], tickets[0]],
+    cut = [row(0, 0, "dense", 5.0, 21), row(0, 1, "ticket", 4.0, 40)]
+    found = {"imp": [*dense, *tickets], "oneshot": [dense[0], tickets[0]],
              "oneshot, equal cost": cut, "random, equal cost": [row(0, 0, "dense", 3.0, 40)]}
     lines = {line["method"]: line for line in comparison.summarise(found)}
     assert list(lines) == ["dense", "imp", "oneshot", "oneshot, equal cost", "dense, equal cost"]

@@ -36,7 +36,7 @@ def test_latent(tmp_path, monkeypatch, capsys):
     with open(tmp_path / "latent_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     by = {(row["space"], row["arm"], row["sparsity"]): row for row in rows}
-    assert len(rows) == len(by) == 2 * 5 + 2  # dense, twin, ticket, two controls; two references
+    assert len(rows) == len(by) == 2 * 4 + 2  # dense, ticket, two controls; two references
     for row in rows[:-2]:
         over = float(row["fid_domain"]) / float(by[row["space"], "dense", "0"]["fid_domain"])
         assert float(row["over_dense"]) == pytest.approx(over, rel=1e-4)

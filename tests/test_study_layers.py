@@ -77,14 +77,14 @@ def test_survivors_began_larger_but_not_by_another_seed(studied):
     assert all(np.mean(rate) == pytest.approx(1, abs=0.01) for rate in rates.values())
 
 
-def test_the_twin_trained_again_agrees_with_itself(finished):
-    """fit with the run's own order is the twin to the bit: CKA 1, nothing unexplained."""
+def test_the_dense_network_trained_again_agrees_with_itself(finished):
+    """From step k with the run's own order it is itself to the bit: CKA 1, nothing unexplained."""
     exp, _ = common.open_run(str(finished / "imp"))
-    twin = exp.load(lth.Job(0, 0, "twin")).ema
-    again = common.fit(exp, "layers_test", 0, common.theta(exp, 0))
-    assert all(torch.equal(p, q) for p, q in zip(twin.parameters(), again.parameters()))
-    assert list(cka.block_similarity(twin, again).values()) == pytest.approx([1] * BLOCKS)
-    missed = layers.reconstruction(exp, twin, again)
+    dense = exp.load(lth.Job(0, 0, "dense")).ema
+    again = common.fit(exp, "layers_test", 0, exp.new_model(0), None, common.checkpoint(exp, 0))
+    assert all(torch.equal(p, q) for p, q in zip(dense.parameters(), again.parameters()))
+    assert list(cka.block_similarity(dense, again).values()) == pytest.approx([1] * BLOCKS)
+    missed = layers.reconstruction(exp, dense, again)
     assert list(missed.values()) == pytest.approx([0] * BLOCKS, abs=1e-6)
 
 

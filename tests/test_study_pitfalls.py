@@ -34,14 +34,15 @@ def test_a_run(tmp_path, capsys, monkeypatch):
     lth.main([*SMALL, run])
     pitfalls.main(["--from", run, "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "n=1 seed(s): single values" in said and "of 5 mistakes" in said
+    assert "n=1 seed(s): single values" in said and "of 6 mistakes" in said and "fresh less restored" in said
     with open(tmp_path / "pitfalls_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 5 and len({row["ticket, mistaken"] for row in rows}) == 5  # each its own value
+    assert len(rows) == 6 and len({row["ticket, mistaken"] for row in rows}) == 6  # each its own value
     right = {tuple(row[arm] for arm in pitfalls.ARMS) for row in rows}
     assert len(right) == 1
-    last = rows[-1]  # only the ticket is trained again
-    assert all(last[arm] == last[f"{arm}, mistaken"] for arm in ("dense", "reinit", "random"))
+    for last in rows[-2:]:  # only the ticket is trained again
+        assert all(last[arm] == last[f"{arm}, mistaken"] for arm in ("dense", "reinit", "random"))
+    assert [row["mistake"] for row in rows[-2:]] == [pitfalls.FRESH, pitfalls.AVERAGE]
     facts = json.loads((tmp_path / "pitfalls_digits.json").read_text())
     assert facts["live"] < facts["not_zero"]["weight standardisation"]
     assert facts["not_zero"]["EMA continued from dense"] == 2 * facts["live"]  # half was pruned: all are back
@@ -110,12 +111,11 @@ def test_standardisation_counts_by_hand():
     assert pitfalls.nonzero(model) == 1
 
 
-def test_the_average_is_carried_on():
-    dense, ema = UNet(base=8, mults=(1,), image_size=8), types.SimpleNamespace(updates=0)
-    ema.model = UNet(base=8, mults=(1,), image_size=8)
-    hook = pitfalls.carry_on(dense, 3, lambda *_: None)
-    hook(3, None, None, ema)
-    assert torch.equal(ema.model.conv_in.weight, dense.conv_in.weight) and ema.updates > 1e6
-    torch.nn.init.zeros_(dense.conv_in.weight)
-    hook(4, None, None, ema)
-    assert bool(ema.model.conv_in.weight.any())
+def test_ablation_by_hand():
+    right = dict(dense=5.0, ticket=4.0, reinit=6.0, random=8.0)
+    rows = [pitfalls.row(pitfalls.FRESH, seed, right, right | dict(ticket=5.0 + 0.1 * (seed - 1)))
+            for seed in range(3)]
+    said = pitfalls.ablation(rows)
+    assert "n=3 seed(s)" in said and "fresh less restored +1.00 [+0.83, +1.17]" in said
+    assert "restored less reinit -2.00 [-2.00, -2.00]" in said and "fresh less random -3.00 [" in said
+    assert "fresh less dense +0.00;" in pitfalls.ablation(rows[1:2])

@@ -62,15 +62,17 @@ def test_masks_of_two_seeds_overlap_as_random_ones_do(studied):
 
 
 def test_copies_are_what_the_run_itself_trained(exp, table):
-    """The dense run is repeated to the bit, and so is theta_k; copy A from the run's k is its twin."""
-    model, thetas = stability.dense_run(exp, 0, [0, 1, 8])
-    dense, twin = (exp.load(lth.Job(0, 0, arm)) for arm in ("dense", "twin"))
+    """The dense run is repeated to the bit, its states too; trained on from any of them it is itself."""
+    model, ema, states = stability.dense_run(exp, 0, [0, 1, 8])
+    dense = exp.load(lth.Job(0, 0, "dense"))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), dense.model.parameters()))
-    for k, start in (exp.k, common.theta(exp, 0)), (0, exp.new_model(0)):
-        for name, value in start.state_dict().items():
-            assert torch.equal(value, thetas[k][name])
-    assert exp.k == 1 and table[1]["fid_domain A"] == pytest.approx(twin.row["fid_domain"], rel=1e-4)
-    assert table[0]["fid_domain A"] == pytest.approx(dense.row["fid_domain"], rel=1e-4)
+    for k, start in (exp.k, common.checkpoint(exp, 0)["model"]), (0, exp.new_model(0).state_dict()):
+        assert all(torch.equal(value, states[k]["model"][name]) for name, value in start.items())
+    for k in states:
+        again = common.fit(exp, f"again_{k}", 0, exp.new_model(0), None, states[k])
+        assert all(torch.equal(p, q) for p, q in zip(again.parameters(), dense.ema.parameters())), k
+    assert exp.k == 1 and all(row["fid_domain A"] == pytest.approx(dense.row["fid_domain"], rel=1e-4)
+                              for row in table)
 
 
 def test_barrier_by_hand():
@@ -85,7 +87,7 @@ def test_the_way_between_two_copies():
     """val_loss replaced by a known function of the weights: 1 less the square of one bias."""
     class Fake:
         new_model = staticmethod(lambda seed: UNet(base=8, mults=(1,)))
-        val_loss = staticmethod(lambda model: 1 - model.conv_out.bias[0].item() ** 2)
+        errors = staticmethod(lambda model: dict(val_loss=1 - model.conv_out.bias[0].item() ** 2))
     a, b = Fake.new_model(0), Fake.new_model(0)
     torch.nn.init.constant_(a.conv_out.bias, -1.0)
     torch.nn.init.constant_(b.conv_out.bias, 1.0)

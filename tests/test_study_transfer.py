@@ -8,7 +8,7 @@ import torch
 import lth_diffusion as lth
 from prune import dense_masks, density, prunable, random_masks
 from studies import transfer
-from studies.common import open_run, theta, ticket_masks
+from studies.common import checkpoint, open_run, ticket_masks
 from support import report, runs
 from unet import PRESETS, UNet
 
@@ -89,8 +89,19 @@ def test_elastic_copies_weights_and_masks_together(blocks):
         torch.nn.init.normal_(p, generator=generator)
     masks = {name: torch.rand(mask.shape, generator=generator) < 0.3
              for name, mask in dense_masks(source).items()}
-    state, elastic = transfer.elastic(source, masks, target)
+    opt = torch.optim.Adam(source.parameters())
+    for p in source.parameters():
+        p.grad = 3 * p.detach()
+    opt.step()  # exp_avg is a tenth of it
+    whole = dict(step=1, model=source.state_dict(), ema=source.state_dict(), optimizer=opt.state_dict())
+    found, elastic = transfer.elastic(source, whole, masks, target)
+    state = found["model"]
     target.load_state_dict(state)  # every name and every shape
+    before = {name: moment["exp_avg"] for name, moment in zip(state, found["optimizer"]["state"].values())}
+    old = dict(zip(source.state_dict(), (one["exp_avg"] for one in opt.state_dict()["state"].values())))
+    copies = torch.optim.Adam(target.parameters())
+    copies.load_state_dict(found["optimizer"])
+    assert all(torch.equal(value, found["ema"][name]) for name, value in state.items())
     assert list(elastic) == list(prunable(target))
     if blocks == 2:
         assert all(torch.equal(value, source.state_dict()[name]) for name, value in state.items())
@@ -102,6 +113,7 @@ def test_elastic_copies_weights_and_masks_together(blocks):
             assert torch.equal(state[f"{ours}.weight"], source.state_dict()[f"{theirs}.weight"])
             assert torch.equal(elastic[f"{ours}.weight"], masks[f"{theirs}.weight"])
             assert torch.equal(state[f"{ours}.bias"], source.state_dict()[f"{theirs}.bias"])
+            assert torch.equal(before[f"{ours}.weight"], old[f"{theirs}.weight"])
 
 
 def test_shuffled_keeps_the_layers():
@@ -166,15 +178,21 @@ def test_across_depth(tmp_path, capsys, monkeypatch):
     transfer.main(flags)
     said, rows = capsys.readouterr().out, read(tmp_path / "transfer_depth_digits.csv")
     assert "2 blocks to 3: own ticket" in said and "no verdict" in said
-    assert [row["way"] for row in rows] == ["2 blocks to 3"] * 6 + ["2 blocks to 1"] * 6
+    assert [row["way"] for row in rows] == ["2 blocks to 3"] * 5 + ["2 blocks to 1"] * 5
     for row in rows:
         k = 0 if row["network"] in ("dense", "elastic mask, new init") else 1
         assert int(row["steps"]) == 4 - k
         assert 0.4 < float(row["sparsity"]) < 0.6 or "dense" in row["network"]
     source, _ = open_run(str(tmp_path / "runs" / "transfer_digits_4_2_blocks"))
     target, _ = open_run(str(tmp_path / "runs" / "transfer_digits_4_3_blocks"))
-    _, masks = transfer.elastic(theta(source, 0), ticket_masks(source, 0), target.new_model(0))
-    for row in rows[3:6]:  # one mask, three times
+    state, masks = transfer.elastic(source.new_model(0), checkpoint(source, 0), ticket_masks(source, 0),
+                                    target.new_model(0))
+    names = [name for name, _ in target.new_model(0).named_parameters()]
+    moments = state["optimizer"]["state"]  # of as many steps as the weights, in their places
+    assert len(moments) == len(names) and state["step"] == 1
+    assert all(moments[i]["exp_avg"].shape == state["model"][n].shape and moments[i]["exp_avg"].any() ==
+               moments[i]["exp_avg_sq"].any() for i, n in enumerate(names))
+    for row in rows[2:5]:  # one mask, three times
         assert float(row["sparsity"]) == pytest.approx(1 - density(masks), rel=1e-5)
     path = next((tmp_path / "runs").glob("*_3_blocks/studies/*elastic-ticket*"))
     trained = runs.load_state(path)["ema"]

@@ -26,7 +26,7 @@ def write(path, arms, round=10, sparsity=0.9, columns=tuple(COLUMNS), seeds=(0, 
         if mode == "w":
             writer.writeheader()
         for arm, values in arms.items():
-            dense = arm in ("dense", "twin")
+            dense = arm == "dense"
             where = dict(round=0 if dense else round, sparsity=0.0 if dense else sparsity)
             for seed, value in zip(seeds, values):
                 writer.writerow(where | dict(seed=seed, arm=arm, fid_domain=value, val_loss=1.0,
@@ -51,7 +51,7 @@ def refused(capsys, *argv):
 # --- verdicts from files
 
 def test_winning(tmp_path, capsys):
-    out = told(capsys, write(tmp_path / "a.csv", WIN | dict(twin=(99, 99, 99))))
+    out = told(capsys, write(tmp_path / "a.csv", WIN | dict(small=(99, 99, 99))))
     assert "winning: n=3 seeds, fid_domain" in out and "not shown" not in out and "n_samples 2000" in out
     assert "At 90.0 % sparsity" in out and "99" not in out
     d, t = np.array(WIN["dense"]), np.array(WIN["ticket"])
