@@ -10,6 +10,7 @@ This file and unet.py can be copied alone; only the command line needs support/.
 """
 import copy
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -406,44 +407,10 @@ def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=
 
 
 # --------------------------------------------------------------------------- command line
-
-FREE = "device", "data_dir", "out", "samples", "sampler", "nfe"  # may differ when a run goes on
-
-
 def main(argv=None):
     """Train one dense DDPM, or go on with it; save it; draw a grid of samples."""
-    from support import cli, data, report, runs
-    parser = cli.Parser(prog="ddpm.py", description="Train one dense DDPM; draw a grid of samples.")
-    cli.add_training_flags(parser, PRESETS)
-    parser.add_argument("--seed", type=cli.seed_number, default=0,
-                        help="of the weights, the data order and the samples (default: 0)")
-    parser.set_defaults(samples=100)
-    args = parser.parse_args(argv)
-    cli.fill_defaults(args)
-    args.out = args.out or f"runs/ddpm_{args.dataset}"
-    with cli.one_line(parser):
-        check_model(args)
-    with runs.open_folder(args, parser, FREE) as (guard, reasons):
-        print(f"{args.dataset}, U-Net {args.preset} on {reasons['device']}", flush=True)
-        images, _ = data.load_images(args.dataset, args.data_dir)
-        torch.manual_seed(args.seed)
-        model = UNet(images.shape[1], image_size=images.shape[-1], **PRESETS[args.preset])
-        diffusion = Diffusion(1000, args.schedule, args.prediction, args.weighting)
-        report.train_alone(args, guard, model, diffusion, images, train, draw_samples)
-
-
-def check_model(args):
-    """Refuse a sampling grid or a U-Net that does not fit; return the U-Net, without memory."""
-    from support import cli
-    (channels, size, _), _ = cli.DATASETS[args.dataset]
-    try:
-        flag = "nfe"
-        sampling_times(Diffusion(1000, args.schedule), args.nfe)
-        flag = f"preset: {args.preset} does not fit {args.dataset}"
-        with torch.device("meta"):
-            return UNet(channels, image_size=size, **PRESETS[args.preset])
-    except ValueError as error:
-        cli.refuse(flag, error)
+    from support import alone
+    alone.main(argv, sys.modules[__name__])
 
 
 if __name__ == "__main__":

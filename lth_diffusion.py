@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import torch
 
+import ddpm
 import metrics
-from ddpm import Diffusion, as_input, check_model, denoiser, draw_samples, train
+from ddpm import Diffusion, as_input, denoiser, draw_samples, train
 from prune import (apply_masks, at_minimum, dense_masks, least_kept, live_counts, live_total,
                    mask_hooks, pack_masks, prunable, prune_magnitude, random_masks, rewind,
                    save_ticket, unpack_masks)
@@ -361,7 +362,7 @@ def parse_args(argv=None, parser=None, name="", **fixed):
 
 def check_args(args):
     """Refuse, with the flag named, what follows from the flags and the architecture alone."""
-    sizes = [p.numel() for p in prunable(check_model(args)).values()]
+    sizes = [p.numel() for p in prunable(cli.check_model(args, ddpm)).values()]
     live, flag = sum(sizes), "prune-rate" if args.final_sparsity is None else "final-sparsity"
     for r in range(1, args.rounds + 1):
         live -= round(args.prune_rate * live)

@@ -294,6 +294,21 @@ def training_options(args):
                 warmup=args.warmup)
 
 
+def check_model(args, ddpm):
+    """Refuse a sampling grid or a U-Net that does not fit; return the U-Net, without memory. ddpm:
+    the module of that name."""
+    import torch
+    (channels, size, _), _ = DATASETS[args.dataset]
+    try:
+        flag = "nfe"
+        ddpm.sampling_times(ddpm.Diffusion(1000, args.schedule), args.nfe)
+        flag = f"preset: {args.preset} does not fit {args.dataset}"
+        with torch.device("meta"):
+            return ddpm.UNet(channels, image_size=size, **ddpm.PRESETS[args.preset])
+    except ValueError as error:
+        refuse(flag, error)
+
+
 def check_memory(args):
     """Mistake for a batch or samples whose pixels alone exceed this machine's memory."""
     pixels, memory = math.prod(DATASETS[args.dataset][0]), physical_memory()

@@ -193,37 +193,6 @@ def write_table(exp, margin):
     print(f"\n{charts.text_table(header, table)}\n\n{said}\n\nPictures and tables: {a.out}/")
 
 
-# --------------------------------------------------------------------------- one dense DDPM
-
-def train_alone(args, guard, model, diffusion, images, train, draw_samples):
-    """The job of ddpm.py: train, save, draw. A finished model.pt is not trained again."""
-    (rank, world), device = ranks.ranks(), cli.pick_device(args.device)[0]
-    path, partial = f"{args.out}/model.pt", f"{args.out}/model.partial.pt"
-    model = model.to(device)
-    if rank == 0:
-        runs.write_config(args, runs.provenance(" ".join(sys.argv), device,
-                                                 method="ddpm.py"))
-    if not os.path.exists(path):
-        with runs.resumable(partial, guard) as (state, seconds), cli.training_memory():
-            ema, losses = train(model, diffusion, images.to(device), seed=args.seed, state=state,
-                                checkpoint=guard, rank=rank, world=world,
-                                **cli.training_options(args))
-        runs.save_state(path, config=model.config, model=model.state_dict(), losses=losses,
-                        ema=ema.model.state_dict(), args=vars(args))
-        runs.remove(partial)
-        print(f"trained {args.steps} steps in {seconds():.0f} s, loss {losses[-1][1]:.4f}: {path}")
-    ranks.wait_for_all()
-    model.load_state_dict(runs.load_state(path, ["ema"])["ema"])
-    x_T = torch.randn(args.samples, *images.shape[1:],
-                      generator=torch.Generator().manual_seed(args.seed))
-    with cli.sampling_memory():
-        drawn = draw_samples(model, diffusion, x_T, args.precision, args.sampler, args.nfe,
-                             share=ranks.share)
-    if rank == 0:
-        charts.save_grid(drawn, f"{args.out}/samples.png")
-    print(f"drew {len(drawn)} images: {args.out}/samples.png")
-
-
 def measure_speed(exp, model, train, predict, batch=256, repeats=5):
     """Median seconds (per training step, per network evaluation of one image) on this machine."""
     marks, device = [], exp.device
