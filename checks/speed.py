@@ -6,15 +6,14 @@
     python -m checks.speed cost       # masks, pruning and rewinding; what torch.compile gains
     python -m checks.speed            # these four: a quarter of an hour
     python -m checks.speed scaling    # exponents of seconds and memory over size: ten minutes
-    python -m checks.speed budget     # what a second of training buys, MNIST: 40 minutes
 
 What is compared is timed in turns within one process, A, B, A, B, so that a slow minute slows both.
 A ratio is the median of --turns ratios, with the smallest and the largest. Peers that are not
 installed are named and left out. Seconds belong to the machine named in the .json file; ratios
 travel better, not perfectly.
 
-What would change our mind: about costs that grow in proportion, an exponent above 1 by more than
-twice its standard error; about a training setting, a curve that lies below it at every second.
+What would change our mind about costs that grow in proportion: an exponent above 1 by more than
+twice its standard error.
 """
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module:  python -m checks.speed")
@@ -392,96 +391,10 @@ def scaling(study, args):
           f"{path}.csv, .json", sep="\n\n")
 
 
-# --------------------------------------------------------------------------- budget
-
-SETTINGS = {
-    "plain": dict(batch=64, lr=2e-3, beta2=0.999),
-    "tuned": dict(batch=32, lr=4e-3, beta2=0.95)}  # default of MNIST
-SAMPLERS = dict(ddim="DDIM", ddpm="ancestral")
-
-
-def step_seconds(exp, turns):
-    """{setting: median seconds of a training step}, timed in turns of 20 steps."""
-    def work(name):
-        options = exp.options(lth.Job(0, 0, "dense"), steps=20, label="timing")
-        model = exp.new_model(0)
-        return lambda: train(model, exp.diffusion, exp.images, **options | SETTINGS[name])
-    works = [work(name) for name in SETTINGS]
-    times = runs.seconds_in_turns(works, turns, device=exp.device)
-    return dict(zip(SETTINGS, (np.median(times, axis=0) / 20).tolist()))
-
-
-def point(exp, name, steps, seconds, seed):
-    """A row of the budget: one training run of `steps` steps of 64 images, in a setting.
-
-    Each point is a run of its own because the learning rate decays to 0 at its end.
-    """
-    setting, model = SETTINGS[name], exp.new_model(seed)
-    steps = steps * 64 // setting["batch"]
-    options = exp.options(lth.Job(seed, 0, "dense"), steps=steps,
-                          warmup=max(1, steps // 20), label=f"{name}, {steps} steps")
-    ema, _ = train(model, exp.diffusion, exp.images, **options | setting)
-    found = dict(setting=name, steps=steps, batch=setting["batch"],
-                 seconds=steps * seconds, val_loss=exp.errors(ema.model)["val_loss"])
-    for sampler, label in SAMPLERS.items():
-        quality = exp.quality(exp.draw(ema.model, sampler=sampler))
-        found[label] = quality["fid_domain"]
-    return found
-
-
-def curve(table, name, sampler):
-    """(seconds, fid_domain) of a setting, in the order of seconds."""
-    points = [(row["seconds"], row[sampler]) for row in table if row["setting"] == name]
-    return np.transpose(sorted(points))
-
-
-def conclude(table):
-    """For every point of `tuned`: the first point of `plain` that is as good."""
-    said = []
-    for sampler in SAMPLERS.values():
-        slow, worse = curve(table, "plain", sampler)
-        for seconds, value in zip(*curve(table, "tuned", sampler)):
-            there = slow[worse <= value]
-            when = f"by {there[0]:.0f} s" if len(there) else f"not within {slow[-1]:.0f} s"
-            said.append(f"{sampler}: tuned reaches {value:.2f} after {seconds:.0f} s, "
-                        f"plain {when}.")
-    return "\n".join([*said, "One seed: not a verdict."])
-
-
-def budget(study, args):
-    """What a second of training buys in two settings; write budget_DATASET.csv, .json, .png."""
-    flags = ["--dataset", args.dataset, "--data-dir", args.data_dir,
-             "--device", str(args.device)]
-    run, _ = lth.parse_args(flags)
-    cli.settle_device(run)
-    exp, table, path = lth.Experiment(run), [], f"{args.out}/budget_{args.dataset}"
-    seconds = step_seconds(exp, args.turns)
-    for steps in sorted(set(args.steps)):
-        for name in SETTINGS:
-            table.append(point(exp, name, steps, seconds[name], args.seed))
-            print(*table[-1].values(), flush=True)
-    cells = [list(line.values()) for line in table]
-    study.save(path, list(table[0]), cells, exp.device, n=run.samples, seed=args.seed,
-               precision=run.precision, seconds_per_step=seconds)
-    series = []
-    for name in SETTINGS:
-        for sampler in SAMPLERS.values():
-            x, y = curve(table, name, sampler)
-            style = "solid" if name == "tuned" else "dashed"
-            series.append(dict(label=f"{name}, {sampler}", x=x, y=y, style=style))
-    charts.line_chart(
-        series, path + ".png", "What a second of training buys",
-        "seconds of training (log)", "fid_domain (log)", log_x=True, log_y=True,
-        note=f"{args.dataset}, U-Net {run.preset}, {run.nfe} evaluations per sample, FID from "
-             f"{run.samples:,} samples, seed {args.seed}.")
-    print(charts.text_table(list(table[0]), cells), conclude(table),
-          f"{path}.csv, .json, .png", sep="\n\n")
-
-
 # --------------------------------------------------------------------------- command line
 
 ROWS = dict(tickets=ticket_rows, peers=peer_rows, limit=limit_rows, cost=cost_rows)
-LONG = dict(scaling=scaling, budget=budget)
+LONG = dict(scaling=scaling)
 
 
 def main(argv=None):
@@ -493,12 +406,6 @@ def main(argv=None):
     add("--turns", type=cli.positive_int, default=5,
         help="measurements per value (default: 5)")
     cli.add_data_flags(study)
-    budget = study.add_argument_group("budget")
-    add = budget.add_argument
-    add("--dataset", choices=list(cli.DATASETS), default="mnist", help="default: mnist")
-    add("--steps", nargs="+", type=cli.positive_int, default=[375, 750, 1500, 3000],
-        help="steps of 64 images (default: 375 750 1500 3000)")
-    add("--seed", type=cli.seed_number, default=0)
     with study.arguments(argv) as args:
         for name in args.sections:
             if name not in names:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+import lth_diffusion as lth
 import metrics
-from checks import fid_bias, parity, speed
-from support import cli, data
+from checks import defaults, fid_bias, parity, speed
+from support import cli, data, report
 from unet import PRESETS, UNet
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -26,7 +27,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", ["fid_bias", "parity", "speed", "verdict"])
+@pytest.mark.parametrize("name", ["defaults", "fid_bias", "parity", "speed", "verdict"])
 def test_a_check_run_as_a_file_says_how_to_run_it(name):
     done = subprocess.run([sys.executable, f"checks/{name}.py"], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"run it as a module:  python -m checks.{name}\n"
@@ -213,23 +214,24 @@ def test_exponents_by_hand():
     assert (exponent, memory) == pytest.approx((1.5, 1)) and max(error, its_error) < 1e-9
 
 
-def test_budget(tiny, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(cli.DEFAULTS, "digits", cli.DEFAULTS["digits"] | dict(samples=8))
-    flags = "budget --dataset digits --steps 2 4 --turns 1 --device cpu"
-    speed.main([*flags.split(), "--out", str(tmp_path)])
-    rows = read(tmp_path / "budget_digits.csv")
-    assert [(row["setting"], row["steps"], row["batch"]) for row in rows] == [
-        ("plain", "2", "64"), ("tuned", "4", "32"), ("plain", "4", "64"), ("tuned", "8", "32")]
-    seconds = [float(row["seconds"]) for row in rows]
-    assert seconds[2:] == pytest.approx([2 * s for s in seconds[:2]], rel=1e-4)
-    assert (tmp_path / "budget_digits.png").stat().st_size > 10_000
-    assert "One seed" in capsys.readouterr().out
-
-
-def test_budget_concludes_by_hand():
-    names = "setting", "seconds", "DDIM", "ancestral"
-    table = [dict(zip(names, values)) for values in (
-        ("plain", 10, 9.0, 9.0), ("plain", 20, 5.0, 8.0), ("tuned", 10, 6.0, 7.0))]
-    assert speed.conclude(table).splitlines() == [
-        "DDIM: tuned reaches 6.00 after 10 s, plain by 20 s.",
-        "ancestral: tuned reaches 7.00 after 10 s, plain not within 20 s.", "One seed: not a verdict."]
+def test_pilots_keep_what_is_done(tmp_path, capsys, monkeypatch):
+    """A row per setting and seed, kept and not trained again; a chain of 80, 90 and 95 % per ranking."""
+    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+    monkeypatch.setattr(report, "draw_run", lambda *_: None)
+    flags = ["--seeds", "900", "901", "--steps", "6", "--batch", "4", "--samples", "8", "--runs", str(tmp_path),
+             "--out", str(tmp_path), "--precision", "fp32", "--only"]
+    defaults.main(["training", *flags, "default", "eps, plain"])
+    rows = read(tmp_path / "defaults_training_digits.csv")
+    assert [(row["setting"], row["seed"]) for row in rows] == [
+        ("default", "900"), ("default", "901"), ("eps, plain", "900"), ("eps, plain", "901")]
+    assert len({row["val_loss"] for row in rows}) == 4 and "real images" in capsys.readouterr().out
+    monkeypatch.setattr(defaults, "train", lambda *_, **__: pytest.fail("trained again"))
+    defaults.main(["training", *flags, "default"])
+    assert read(tmp_path / "defaults_training_digits.csv")[0] == rows[0]
+    defaults.main(["scoring", *flags[3:], "layer", "global, LAMP", "--seeds", "900"])
+    rows = read(tmp_path / "defaults_scoring_digits.csv")
+    assert [float(row["sparsity"]) for row in rows] == pytest.approx(2 * [0, 0.8, 0.9, 0.95], abs=1e-3)
+    assert rows[0]["val_loss"] == rows[4]["val_loss"] and rows[3]["val_loss"] != rows[7]["val_loss"]
+    with pytest.raises(SystemExit) as stop:
+        defaults.main(["training", *flags, "nonsense"])
+    assert stop.value.code == 2 and "--only" in capsys.readouterr().err
