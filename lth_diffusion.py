@@ -1,6 +1,7 @@
 """The lottery ticket hypothesis on a diffusion model: train, prune, rewind, repeat, and compare.
 
-    python lth_diffusion.py                                   # drawn digits: minutes on a laptop
+    python lth_diffusion.py --demo                            # one ticket on drawn digits: minutes
+    python lth_diffusion.py                                   # drawn digits, two tickets
     python lth_diffusion.py --dataset mnist --rounds 10       # the main job
     python lth_diffusion.py --dataset mnist --seeds 0 1 2     # three seeds: a verdict
     python lth_diffusion.py --dataset cifar10 --preset paper  # Ho et al.'s network: needs a GPU
@@ -19,9 +20,9 @@ import torch
 import ddpm
 import metrics
 from ddpm import Diffusion, as_input, denoiser, draw_samples, train
-from prune import (apply_masks, at_minimum, dense_masks, least_kept, live_counts, live_total,
-                   mask_hooks, pack_masks, prunable, prune_magnitude, random_masks, rewind,
-                   save_ticket, unpack_masks)
+from prune import (SCORES, apply_masks, at_minimum, dense_masks, least_kept, live_counts,
+                   live_total, mask_hooks, pack_masks, prunable, prune_magnitude, random_masks,
+                   rewind, save_ticket, unpack_masks)
 from support import cli, data, ranks, report, runs
 from unet import PRESETS, UNet, narrower
 
@@ -36,7 +37,7 @@ FINETUNE_LR = 0.1  # `finetune` trains at this share of --lr, since a decaying s
 STEP_K = ".step_k.pt"  # ends the name of the dense network's training state at step k
 FINISHED = "row", "config", "model", "ema", "masks", "losses"  # in a finished job's file
 CONTROLS = "reinit", "random", "finetune", "small"
-FREE = "device", "data_dir", "out", "inception", "seeds"  # flags that may differ when a run goes on
+FREE = "device data_dir out inception seeds dense_from".split()  # may differ when a run goes on
 
 
 class Job(NamedTuple):
@@ -349,7 +350,7 @@ def make_parser(**options):
     """The flags of the main job, which the methods share."""
     parser = cli.Parser(**options)
     cli.add_training_flags(parser, PRESETS)
-    cli.add_pruning_flags(parser, CONTROLS)
+    cli.add_pruning_flags(parser, CONTROLS, SCORES)
     return parser
 
 
@@ -375,6 +376,8 @@ def check_args(args):
 def run(args, parser, find=find_tickets, plan=jobs, experiment=Experiment):
     """Do each training run that is not done yet; print and draw what came out -> experiment."""
     with runs.open_folder(args, parser, FREE) as (guard, reasons):
+        dense = [Job(seed, 0, "dense") for seed in args.seeds]
+        runs.take_over(args, [job.path("", end) for job in dense for end in (".pt", STEP_K)])
         exp = experiment(args, guard)
         exp.planned = plan(args)
         report.begin(exp, parser.prog, MARGIN, reasons, train, denoiser)

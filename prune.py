@@ -53,31 +53,38 @@ def density(masks):
 def prune_magnitude(model, masks, fraction, scope="global", layer_fractions=None,
                     score="magnitude"):
     """New masks without the live weights of smallest |w| (Frankle and Carbin, The Lottery Ticket
-    Hypothesis, 2019, 1803.03635, section 1); scope: "ramp", or any that prune_scores takes.
-
-    score, for a ranking over the whole network: "magnitude"; "normalized", |w| over the root mean
-    square of its layer's live weights; "lamp", w^2 over the sum of squares of the live weights of
-    its layer that are no smaller (Lee et al., Layer-adaptive Sparsity, 2021, 2010.07611).
-    """
-    scores = {name: p.detach().abs() for name, p in prunable(model).items()}
-    if score not in ("magnitude", "normalized", "lamp"):
-        raise ValueError(f"score={score!r}: choose magnitude, normalized or lamp")
-    if score != "magnitude":
-        scores = {name: rescaled(one, masks[name], score) for name, one in scores.items()}
+    Hypothesis, 2019, 1803.03635, section 1), or of another of SCORES; scope: "ramp", or any that
+    prune_scores takes. ValueError for an unknown score."""
+    if score not in SCORES:
+        raise ValueError(f"score={score!r}: choose {', '.join(SCORES)}")
+    scores = {name: SCORES[score](p.detach(), masks[name]) for name, p in prunable(model).items()}
     if scope == "ramp" and layer_fractions is None:
         layer_fractions = ramp_rates(model, fraction)
     return prune_scores(scores, masks, fraction, scope, layer_fractions)
 
 
-def rescaled(size, mask, score):
-    """|w| of a layer made comparable with other layers': some start at zero and stay small."""
-    squares = size.double().square().masked_fill(~mask, 0.0).flatten()
-    if score == "normalized":
-        return size / (squares.sum() / mask.sum()).sqrt().clamp(min=1e-30)
+def magnitude(w, mask):
+    """|w|. Ranked over the network, it empties layers that start at zero and stay small."""
+    return w.abs()
+
+
+def normalized(w, mask):
+    """|w| over the root mean square of the live weights of its layer."""
+    return w.abs() / w[mask].double().square().mean().sqrt().clamp(min=1e-30)
+
+
+def lamp(w, mask):
+    """w^2 over the sum of squares of its layer's live weights that are no smaller (Lee et al.,
+    Layer-adaptive Sparsity for the Magnitude-based Pruning, 2021, 2010.07611, eq. 4)."""
+    squares = w.double().square().masked_fill(~mask, 0.0).flatten()
     ranked, order = squares.sort(descending=True, stable=True)
     scores = torch.empty_like(ranked)
     scores[order] = ranked / ranked.cumsum(0).clamp(min=1e-300)
-    return scores.view(size.shape)
+    return scores.view(w.shape)
+
+
+# --score: from a layer's weights and mask to scores, the lowest of which go. Add your own.
+SCORES = dict(magnitude=magnitude, normalized=normalized, lamp=lamp)
 
 
 def prune_scores(scores, masks, fraction, scope="global", layer_fractions=None):

@@ -54,7 +54,4 @@ if [ "$stage" = test ]; then
     wait $! || failed=1
     exit $failed
 fi
-if [ "$stage" = digits ]; then
-    set -- --rounds 2 --final-sparsity 0.9 "$@" # ten rounds' sparsity in two, to be done in minutes
-fi
 exec .venv/bin/python lth_diffusion.py --dataset "$stage" "$@"

@@ -38,7 +38,7 @@ def find_tickets(args, exp):
 def main(argv=None):
     """The command line, with the flags of lth_diffusion.py; --rewind is 0, --scope is layer."""
     parser = make_parser(prog="methods.magnitude_init", description=__doc__.split("\n\n")[0])
-    fixed = dict(rewind=0.0, scope="layer")
+    fixed = dict(rewind=0.0, scope="layer", score="magnitude")
     run(*parse_args(argv, parser, "_magnitude_init", **fixed), find_tickets, jobs)
 
 

@@ -104,7 +104,7 @@ def main(argv=None):
     parser = make_parser(prog="methods.rigl", description=__doc__.split("\n\n")[0])
     parser.add_argument("--grow", choices=["gradient", "random"], default="gradient",
                         help="where weights grow; random: SET (default: gradient)")
-    fixed = dict(rewind=0.0, scope="erk")
+    fixed = dict(rewind=0.0, scope="erk", score="magnitude")
     run(*parse_args(argv, parser, "_rigl", **fixed), find_tickets, jobs)
 
 

@@ -64,8 +64,9 @@ def plan(args):
 
 def main(argv=None):
     """The command line, with the flags of lth_diffusion.py; --rewind is 0, --scope is layer."""
+    fixed = dict(rewind=0.0, scope="layer", score="magnitude")
     parser = make_parser(prog="methods.rst", description=__doc__.split("\n\n")[0])
-    args, parser = parse_args(argv, parser, "_rst", rewind=0.0, scope="layer")
+    args, parser = parse_args(argv, parser, "_rst", **fixed)
     if round(SHARE * args.steps) < 20:
         parser.error(f"argument --steps: {args.steps} are too few, the transformation needs 40")
     run(args, parser, find_tickets, plan)

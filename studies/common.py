@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 
@@ -100,13 +99,10 @@ def take_dense(source, args):
     """Take over the dense networks of another run's folder, unless they are there already."""
     if source not in (None, args.out):
         runs.claim(args.out)
-    for job in lth.jobs(args) if source not in (None, args.out) else ():
-        if job.round == 0:
-            for ending in ".pt", lth.STEP_K:
-                old, new = job.path(source, ending), job.path(args.out, ending)
-                if os.path.exists(old) and not os.path.exists(new):
-                    with runs.atomic(new) as temporary:
-                        shutil.copyfile(old, temporary)
+    for seed in args.seeds if source not in (None, args.out) else ():
+        for ending in ".pt", lth.STEP_K:
+            job = lth.Job(seed, 0, "dense")
+            runs.copy_once(job.path(source, ending), job.path(args.out, ending))
 
 
 def checkpoint(exp, seed):

@@ -31,7 +31,10 @@ DEFAULTS = {
     "cifar100": CIFAR,
 }
 PAPER = dict(prediction="eps", weighting="plain")  # of --preset paper: 2006.11239, section 3.2
+ROUNDS = {"digits": (2, 0.9)}  # where --rounds is not 10: (rounds, final sparsity)
+DEMO = dict(rounds=1, final_sparsity=0.8, controls=["reinit"], samples=200, out="runs/demo")
 SCORE = "magnitude"  # of --scope global
+RESCALED = "normalized", "lamp"  # scores that order a layer as magnitude does
 
 
 class Mistake(ValueError):
@@ -202,10 +205,13 @@ def add_training_flags(parser, presets):
     add_data_flags(parser)
 
 
-def add_pruning_flags(parser, controls):
+def add_pruning_flags(parser, controls, scores):
     """How tickets are found, what they are compared with, and how often."""
     add = parser.add_argument
-    add("--rounds", type=positive_int, default=10, help="prune-and-retrain rounds (default: 10)")
+    add("--demo", action="store_true",
+        help="a first look: drawn digits, one ticket of 80 %% sparsity, reinit")
+    add("--rounds", type=positive_int,
+        help="prune-and-retrain rounds (default: 10; on digits 2, to 90 %% sparsity)")
     add("--prune-rate", type=fraction,
         help="share of the live weights pruned per round (default: 0.2)")
     add("--final-sparsity", type=fraction,
@@ -213,12 +219,14 @@ def add_pruning_flags(parser, controls):
     add("--scope", choices=["global", "layer", "ramp", "erk"], default="global",
         help="rank weights over the network (global), within each layer (layer), with rates that "
              "grow with depth (ramp) or follow layer shape (erk)")
-    add("--score", choices=["magnitude", "normalized", "lamp"],
-        help="what --scope global ranks: |w|, |w| over its layer's root mean square, or LAMP "
-             "(default: by data set)")
-    add("--controls", nargs="*", choices=controls, default=["reinit", "random"],
+    add("--score", choices=list(scores),
+        help="what is ranked: |w| (magnitude), |w| over its layer's root mean square (normalized), "
+             f"LAMP, or a score of one's own (default: {SCORE})")
+    add("--controls", nargs="*", choices=controls,
         help="compare tickets with: the same mask on new weights (reinit), a random mask, "
              "fine-tuning, a narrower dense network (small) (default: reinit random)")
+    add("--dense-from", type=path, metavar="runs/NAME",
+        help="take over the dense networks of a run that differs in how it prunes only")
     add("--control-rounds", nargs="+", type=positive_int, metavar="R",
         help="rounds at which controls are trained (default: the last, and the one whose sparsity "
              "is nearest two thirds)")
@@ -246,7 +254,30 @@ def parse(parser, argv, name, fixed, check):
 
 def complete(args, name=""):
     """Check and complete the flags of a pruning run; name: of a method, for its folder."""
+    settle_rounds(args)
     fill_defaults(args)
+    if args.score is None:
+        args.score = SCORE if args.scope == "global" else "magnitude"
+    elif args.score in RESCALED and args.scope != "global":
+        refuse("score", f"{args.score} ranks as magnitude does within layers; it needs --scope "
+               "global")
+    if round(args.rewind * args.steps) >= args.steps:
+        refuse("rewind", f"{args.rewind} of {args.steps} steps leaves none to train")
+    if args.samples < 4:
+        refuse("samples", "precision and recall use 3 neighbours and need at least 4 samples")
+    args.out = args.out or f"runs/{args.dataset}{name}"
+    check_memory(args)
+
+
+def settle_rounds(args):
+    """Rounds, the rate of each, and which of them have which controls."""
+    if args.demo:
+        for flag, value in DEMO.items():
+            if getattr(args, flag) is None:
+                setattr(args, flag, value)
+    elif [args.rounds, args.prune_rate, args.final_sparsity] == [None] * 3:
+        args.rounds, args.final_sparsity = ROUNDS.get(args.dataset, (10, None))
+    args.rounds = args.rounds or 10
     if args.final_sparsity is not None:
         if args.prune_rate is not None:
             refuse("prune-rate", "--final-sparsity sets it; give one of them")
@@ -256,24 +287,14 @@ def complete(args, name=""):
     if args.prune_rate <= 0:
         flag = "prune-rate" if args.final_sparsity is None else "final-sparsity"
         refuse(flag, "0 prunes nothing")
-    args.seeds, args.controls = once(args.seeds), once(args.controls)
+    args.seeds = once(args.seeds)
+    args.controls = once(["reinit", "random"] if args.controls is None else args.controls)
     if args.control_rounds is None:
         left = {r: (1 - args.prune_rate) ** r for r in range(1, args.rounds + 1)}
         args.control_rounds = min(left, key=lambda r: abs(left[r] - 1 / 3)), args.rounds
     args.control_rounds = sorted(set(args.control_rounds))
-    if args.score is None:
-        args.score = SCORE if args.scope == "global" else "magnitude"
-    elif args.score != "magnitude" and args.scope != "global":
-        refuse("score", f"{args.score} ranks as magnitude does within layers; it needs --scope "
-               "global")
     if args.control_rounds[-1] > args.rounds:
         refuse("control-rounds", f"{args.control_rounds[-1]} is beyond --rounds {args.rounds}")
-    if round(args.rewind * args.steps) >= args.steps:
-        refuse("rewind", f"{args.rewind} of {args.steps} steps leaves none to train")
-    if args.samples < 4:
-        refuse("samples", "precision and recall use 3 neighbours and need at least 4 samples")
-    args.out = args.out or f"runs/{args.dataset}{name}"
-    check_memory(args)
 
 
 def fill_defaults(args):

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -42,6 +43,9 @@ WRITTEN = re.compile(
     r"results\.csv|table\.md|log\.jsonl|model(\.partial)?\.pt|samples(_by_sparsity)?\.png"
     r"|(quality_vs_sparsity|layers|losses)\.png"
     r"|round\d{2,}_[a-z]+(\.partial|\.step_k)?\.(pt|ticket)")
+# Flags that a dense network does not depend on.
+PRUNING = ("rounds prune_rate final_sparsity scope score controls control_rounds dense_from demo "
+           "oneshot grow seeds device data_dir out inception").split()
 MARK = "This folder was made by a run of lth_diffusion.py or ddpm.py.\n"
 ABSENT = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES,
@@ -419,6 +423,30 @@ def check_config(args, free, method):
                           "flags to go on")
     if "seeds" in then:
         args.seeds = list(dict.fromkeys([*then["seeds"], *args.seeds]))
+
+
+def take_over(args, names):
+    """Copy files of the finished run args.dense_from, if it is given, into args.out, unless they
+    are there. Mistake where it was made with other settings of what a dense network depends on."""
+    source = args.dense_from
+    if source is None:
+        return
+    then = read_config(source)["args"]
+    for name, value in vars(args).items():
+        if name not in PRUNING and then.get(name) != value:
+            raise Mistake(f"argument --dense-from: {source} was made with --"
+                          f"{name.replace('_', '-')} {then.get(name)}, not {value}")
+    there = [copy_once(os.path.join(source, name), os.path.join(args.out, name)) for name in names]
+    if not any(there):
+        raise Mistake(f"argument --dense-from: {source} has no dense network of these seeds")
+
+
+def copy_once(old, new):
+    """Copy a file unless it is there; whether it is there now."""
+    if os.path.exists(old) and not os.path.exists(new):
+        with atomic(new) as temporary:
+            shutil.copyfile(old, temporary)
+    return os.path.exists(new)
 
 
 def write_config(args, facts, same=()):

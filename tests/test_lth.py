@@ -126,6 +126,36 @@ def test_jobs_has_every_round_its_controls():
         (3, "reinit"), (3, "random")]
 
 
+def test_rounds_that_nobody_asked_for():
+    """Digits: two rounds to 90 %; others, and where a rate is given: rounds of 20 %."""
+    for flags, expected in (([], (2, 0.9)), (["--rounds", "3"], (3, None)), (["--prune-rate", "0.5"], (10, None)),
+                            (["--dataset", "mnist"], (10, None)), (["--demo"], (1, 0.8)),
+                            (["--demo", "--final-sparsity", "0.5"], (1, 0.5))):
+        args, _ = lth.parse_args(flags)
+        assert (args.rounds, args.final_sparsity) == expected, flags
+    demo = lth.parse_args(["--demo"])[0]
+    assert demo.controls == ["reinit"] and demo.out == "runs/demo"
+    assert [str(job) for job in lth.jobs(demo)] == [
+        "seed 0 round 0 dense", "seed 0 round 1 ticket", "seed 0 round 1 reinit"]
+    assert lth.parse_args(["--demo", "--controls"])[0].controls == []
+
+
+def test_the_dense_run_of_another_run_is_taken_over(uninterrupted, tmp_path, monkeypatch, capsys):
+    """With another scope the tickets alone are trained; whatever a dense network depends on is refused."""
+    trained, out, train = [], str(tmp_path / "layer"), lth.train
+    monkeypatch.setattr(lth, "train", lambda *a, **k: trained.append(k["label"]) or train(*a, **k))
+    monkeypatch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
+    command = [*SMALL, "--scope", "layer", "--dense-from", uninterrupted, "--out", out]
+    lth.main(command)
+    assert trained == ["seed 0 round 1 ticket", "seed 0 round 2 ticket", "seed 0 round 2 random"]
+    assert results(out)[0] == results(uninterrupted)[0] and results(out)[1] != results(uninterrupted)[1]
+    lth.main([word for word in command if word not in ("--dense-from", uninterrupted)])  # and goes on without
+    for flags, named in (["--steps", "17"], "--steps 16, not 17"), (["--seeds", "3"], "no dense network"), \
+            (["--dense-from", str(tmp_path)], "config.json"):
+        code, said = refusal(capsys, *command, *flags, "--out", str(tmp_path / "other"))
+        assert code == 2 and named in said.splitlines()[-1]
+
+
 def test_repeated_values_of_a_list_count_once():
     args, _ = lth.parse_args("--seeds 1 1 0 --controls random random --control-rounds 2 2".split())
     assert args.seeds == [1, 0] and args.controls == ["random"] and args.control_rounds == [2]

@@ -740,13 +740,20 @@ def test_scores_by_hand():
             for score in ("magnitude", "normalized", "lamp")}
     assert live_counts(left["magnitude"]) == {"a.weight": 3, "b.weight": 1}  # 1 is its minimum
     assert live_counts(left["normalized"]) == live_counts(left["lamp"]) == {"a.weight": 2, "b.weight": 2}
-    size, mask = model.a.weight.detach().abs(), torch.tensor([[True, True], [False, True]])
+    size, mask = model.a.weight.detach(), torch.tensor([[True, True], [False, True]])
     rms = math.sqrt((1 + 4 + 16) / 3)  # of what lives
-    assert torch.allclose(prune.rescaled(size, mask, "normalized"), size / rms, rtol=1e-6)
-    lamp = prune.rescaled(size, mask, "lamp").flatten()[torch.tensor([0, 1, 3])]
+    assert torch.allclose(prune.normalized(size, mask).float(), size.abs() / rms, rtol=1e-6)
+    lamp = prune.lamp(size, mask).flatten()[torch.tensor([0, 1, 3])]
     assert torch.allclose(lamp, torch.tensor([1 / 21, 4 / 20, 1.0], dtype=torch.float64), rtol=1e-12)
     with pytest.raises(ValueError, match="score='x'"):
         prune_magnitude(model, dense_masks(model), 0.5, score="x")
+
+
+def test_a_score_of_ones_own_is_an_entry_in_a_table(monkeypatch):
+    """It sees weights and mask, and ranks within layers too."""
+    monkeypatch.setitem(prune.SCORES, "largest go", lambda w, mask: -w.abs() * mask)
+    left = prune_magnitude(Layers(), dense_masks(Layers()), 0.5, "layer", score="largest go")
+    assert left["a.weight"].tolist() == [[True, True], [False, False]]
 
 
 @pytest.mark.parametrize("score", ["magnitude", "normalized", "lamp"])
