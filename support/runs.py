@@ -240,30 +240,77 @@ def append_line(path, row):
 
 
 @contextlib.contextmanager
-def alone_in(out):
-    """Make the folder and hold it: a second run on it is refused.
+def alone_in(out, shared=False):
+    """Make the folder and hold it for this block; whether others hold it too.
 
-    The lock ends with its process, however that ends. Where the file system has no locks the run
-    goes on after a line of warning.
+    A second run on it is refused, unless both are `shared`: then they share the work. The lock
+    ends with its process, however that ends. Where the file system has no locks the run goes on
+    after a line of warning.
     """
     if not first():  # rank 0 holds it for all
-        yield
+        yield False
         return
     claim(out)
-    with open(os.path.join(out, "lock"), "a") as file:
-        with contextlib.suppress(ImportError):  # Windows has no fcntl
-            import fcntl
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OSError(f"{out} is in use by another run: wait for it, or choose another "
-                              "--out") from None
-            except OSError as error:
-                if error.errno not in ABSENT:
-                    raise
-                print(f"warning: no file locks under {out}: start no second run on it meanwhile")
+    path = os.path.join(out, "lock")
+    if not has_locks(out):
+        if not shared:
+            print(f"warning: no file locks under {out}: start no second run on it meanwhile")
+        yield shared
+        return
+    lock = try_lock(path)
+    others = lock is None
+    if not others:
         remove_unfinished(out)
+    if shared:
+        lock = try_lock(path, shared=True, file=lock)
+    if lock is None:
+        raise OSError(f"{out} is in use by another run: wait for it, or choose another --out")
+    with lock:
+        yield others
+
+
+def has_locks(folder):
+    """Whether files in the folder can be locked."""
+    try:
+        import fcntl
+        with open(os.path.join(folder, "lock"), "a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (ImportError, BlockingIOError) as error:  # Windows has no fcntl
+        return not isinstance(error, ImportError)
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise
+        return False
+    return True
+
+
+def try_lock(path, shared=False, file=None):
+    """The open file at path, locked until it is closed; None where another process has it."""
+    import fcntl
+    file = file or open(path, "a")
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextlib.contextmanager
+def one_at_a_time(out):
+    """A block that one process in the folder is in at a time, where files can be locked."""
+    with open(os.path.join(out, "lock.config"), "a") as file:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def seeds_of(out, seeds):
+    """Seeds, and those that other processes have added to the folder since."""
+    with contextlib.suppress(OSError):
+        seeds = [*read_config(out)["args"]["seeds"], *seeds]
+    return list(dict.fromkeys(seeds))
 
 
 def claim(out):
