@@ -8,6 +8,9 @@ Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239).
 
 This file and unet.py can be copied alone; only the command line needs support/.
 """
+if __name__ == "__main__":  # before torch is imported
+    from support import early
+
 import copy
 import math
 import sys

@@ -9,6 +9,9 @@
 The same command goes on where it stopped. --out receives results.csv, log.jsonl, config.json, the
 pictures, and the weights and ticket of every run. Other ways to find a ticket: methods/.
 """
+if __name__ == "__main__":  # before torch is imported
+    from support import early
+
 import copy
 import functools
 import os
@@ -23,7 +26,7 @@ from ddpm import Diffusion, as_input, denoiser, draw_samples, train
 from prune import (SCORES, apply_masks, at_minimum, dense_masks, least_kept, live_counts,
                    live_total, mask_hooks, pack_masks, prunable, prune_magnitude, random_masks,
                    rewind, save_ticket, unpack_masks)
-from support import cli, data, ranks, report, runs
+from support import claims, cli, data, ranks, report, runs
 from unet import PRESETS, UNet, narrower
 
 VAL_IMAGES = 2000  # held-out images behind val_loss, each with one fixed t and noise
@@ -37,7 +40,7 @@ FINETUNE_LR = 0.1  # `finetune` trains at this share of --lr, since a decaying s
 STEP_K = ".step_k.pt"  # ends the name of the dense network's training state at step k
 FINISHED = "row", "config", "model", "ema", "masks", "losses"  # in a finished job's file
 CONTROLS = "reinit", "random", "finetune", "small"
-FREE = "device data_dir out inception seeds dense_from".split()  # may differ when a run goes on
+FREE = "device data_dir out inception seeds dense_from workers".split()  # may differ when a run goes on
 
 
 class Job(NamedTuple):
@@ -143,7 +146,7 @@ class Experiment:
 
     def __init__(self, args, guard=None):
         self.args, self.guard, self.rows = args, guard or runs.Guard(), {}
-        self.planned, self.cost, self.decode = [], (0.0, 0.0), None
+        self.planned, self.cost, self.decode, self.claims = [], (0.0, 0.0), None, None
         self.device, _ = cli.pick_device(args.device)
         self.images, labels = data.load_images(args.dataset, args.data_dir)
         self.test, _ = data.load_images(args.dataset, args.data_dir, "test")
@@ -225,6 +228,9 @@ class Experiment:
         """
         out, options = self.args.out, self.options(job, **changed)
         path, partial = job.path(out), job.path(out, ".partial.pt")
+        if self.claims and not os.path.exists(path):
+            if not self.claims.mine(job, job.arm in CONTROLS):
+                return None  # another process does it
         if os.path.exists(path):
             runs.remove(partial)  # left by a process that was killed just before it came to that
             return self.load(job)
@@ -258,6 +264,8 @@ class Experiment:
         trained = self.load(job)
         runs.remove(partial)
         report.progress(self, job)
+        if self.claims:
+            self.claims.give(str(job))
         return trained
 
     def load(self, job):
@@ -375,13 +383,13 @@ def check_args(args):
 # --------------------------------------------------------------------------- the run
 def run(args, parser, find=find_tickets, plan=jobs, experiment=Experiment):
     """Do each training run that is not done yet; print and draw what came out -> experiment."""
-    with runs.open_folder(args, parser, FREE) as (guard, reasons):
+    claims.share_out_threads(args.workers)
+    with runs.open_folder(args, parser, FREE, shared=True) as (guard, reasons):
         dense = [Job(seed, 0, "dense") for seed in args.seeds]
         runs.take_over(args, [job.path("", end) for job in dense for end in (".pt", STEP_K)])
         exp = experiment(args, guard)
-        exp.planned = plan(args)
-        report.begin(exp, parser.prog, MARGIN, reasons, train, denoiser)
-        find(args, exp)
+        report.begin(exp, plan, parser.prog, MARGIN, FREE, reasons, train, denoiser)
+        claims.work(find, exp, plan, parser)
         report.end(exp, live_counts(dense_masks(exp.new_model(0))), MARGIN)
     return exp
 

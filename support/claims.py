@@ -15,10 +15,11 @@ import time
 
 import torch
 
-from support import runs
+from support import ranks, runs
 
 STALE = 600.0  # seconds after which a claim without locks counts as left behind
 POLL = 2.0  # seconds between looks at what others do
+HELPER = "LTH_HELPER"  # set for processes whose table another one prints
 
 
 class Elsewhere(Exception):
@@ -34,8 +35,9 @@ class Claims:
 
     def __init__(self, out):
         self.folder, self.held, self.stopped = os.path.join(out, "claims"), {}, threading.Event()
+        self.chains_only, self.owns_chain = False, True
         os.makedirs(self.folder, exist_ok=True)
-        self.has_locks = runs.has_locks(self.folder)
+        self.has_locks = runs.has_locks(out)
 
     def take(self, name):
         """Whether this process holds the claim now."""
@@ -78,32 +80,63 @@ class Claims:
             self.give(name)
 
 
-def work(find, exp, plan, chains_first):
-    """Call find(args, exp) seed by seed until every planned run is done, here or elsewhere.
+    def mine(self, job, is_control):
+        """Whether this process is to train a run now. Elsewhere for one of another's chain."""
+        if not is_control and not self.owns_chain:
+            raise Elsewhere
+        return not is_control or (not self.chains_only and self.take(str(job)))
 
-    plan(args): the runs. chains_first: take the chains of all seeds before any control, which is
-    quicker for several processes. Seeds that others have added to the folder are taken up too.
+
+def work(find, exp, plan, parser):
+    """Call find(args, exp) until every run of plan(args) is done, by this process or by others;
+    then take up the rows of all. Under torchrun the ranks work as one."""
+    args = exp.args
+    if ranks.ranks()[1] > 1:
+        find(args, exp)
+        return
+    exp.claims = Claims(args.out)
+    with contextlib.closing(exp.claims), helpers(args, parser):
+        by_seed(find, exp, plan, exp.guard.others or args.workers > 1)
+    exp.planned, exp.claims = plan(args), None
+    for job in exp.planned:
+        if job not in exp.rows:
+            exp.load(job)
+
+
+def by_seed(find, exp, plan, several):
+    """find(args, exp), a seed at a time, until no run of the plan is left.
+
+    several: other processes are there, and it is quicker to do the chains of all seeds before any
+    control. Seeds that others have added to the folder meanwhile are taken up too.
     """
-    args, waiting = exp.args, False
-    while left := [job for job in plan(args) if not exp.is_done(job)]:
-        before = len(left)
-        for exp.chains_only in ([True, False] if chains_first else [False]):
+    args, claims, waits = exp.args, exp.claims, False
+    while left := undone(plan(args), args.out):
+        for claims.chains_only in [True, False] if several else [False]:
             for seed in args.seeds:
-                one = argparse.Namespace(**vars(args) | dict(seeds=[seed]))
-                exp.owns_chain = exp.claims.take(f"seed{seed}")
-                if exp.owns_chain or not exp.chains_only:
+                claims.owns_chain = claims.take(f"seed{seed}")
+                if claims.owns_chain or not claims.chains_only:
+                    one = argparse.Namespace(**vars(args) | dict(seeds=[seed]))
                     with contextlib.suppress(Elsewhere):
                         find(one, exp)
-                exp.claims.give(f"seed{seed}")
-        exp.chains_only, left = False, [job for job in plan(args) if not exp.is_done(job)]
+                claims.give(f"seed{seed}")
         args.seeds = runs.seeds_of(args.out, args.seeds)
-        if len(left) == before:
-            if not waiting:
-                print(f"waiting for other processes on {args.out}: {len(left)} training runs are "
-                      "theirs; if one of them dies, its work is done here", flush=True)
-            waiting = True
+        if len(undone(plan(args), args.out)) == len(left):
+            if not waits:
+                print(f"{len(left)} training runs of {args.out} are being done by other "
+                      "processes; if one of them dies, its work is done here", flush=True)
+            waits = True
             time.sleep(POLL)
-    exp.owns_chain = True
+
+
+def share_out_threads(workers):
+    """Give this process its share of the threads."""
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def undone(jobs, out):
+    """The training runs that have no file yet."""
+    return [job for job in jobs if not os.path.exists(job.path(out))]
 
 
 @contextlib.contextmanager
@@ -112,7 +145,7 @@ def helpers(args, parser):
     out. They have as many threads as this one; what they print goes to worker1.log and so on."""
     module, started = parser.prog.removesuffix(".py"), []
     for i in range(1, args.workers):
-        environment = os.environ | dict(OMP_NUM_THREADS=str(torch.get_num_threads()))
+        environment = os.environ | {HELPER: "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
         if torch.cuda.device_count() > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(i % torch.cuda.device_count())
         argv = [*parser.argv, "--workers", "1", "--out", args.out]

@@ -234,6 +234,9 @@ def add_pruning_flags(parser, controls, scores):
         help="go back to this share of the steps; 0: the original hypothesis (default: 0.05)")
     add("--inception", metavar="PATH", type=path,
         help="the FID checkpoint, if not in the data folder")
+    add("--workers", type=positive_int, default=1, metavar="N",
+        help="processes that share the training runs; the same command started again, also on "
+             "another machine with the same --out, shares them too (default: 1)")
     add("--seeds", nargs="+", type=seed_number, default=[0],
         help="three or more give a verdict (default: 0)")
 
@@ -242,6 +245,7 @@ def parse(parser, argv, name, fixed, check):
     """The flags of a pruning run, completed and checked. name: of a method, for its folder. fixed:
     {flag: the only value that the method takes}. check(args): more checks."""
     parser.set_defaults(**fixed)
+    parser.argv = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(argv)
     with one_line(parser):
         for flag, value in fixed.items():

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from support import charts, cli, ranks, runs
+from support.claims import HELPER
 from support.verdict import verdicts
 
 COLUMNS = """seed round arm sparsity live_weights total_weights layers_at_minimum
@@ -47,14 +48,18 @@ def write_config(exp, method, margin):
     runs.write_config(a, facts, SAME if exp.device.type == "cpu" else SAME[:-1])
 
 
-def begin(exp, method, margin, reasons, train, denoiser):
+def begin(exp, plan, method, margin, free, reasons, train, denoiser):
     """Before the first training run: config.json; what will be done, and how long it will take.
-    reasons: why this device; train, denoiser: of ddpm, to be timed."""
+    free: flags that may differ from those of the folder; reasons: why this device; train,
+    denoiser: of ddpm, to be timed."""
     a = exp.args
     ranks.wait_for_all()
-    done = {job for job in exp.planned if os.path.exists(job.path(a.out))}
     if ranks.first():
-        write_config(exp, method, margin)
+        with runs.one_at_a_time(a.out):  # another process may have begun since the folder was opened
+            runs.check_config(a, free, method)
+            write_config(exp, method, margin)
+    exp.planned = plan(a)
+    done = {job for job in exp.planned if os.path.exists(job.path(a.out))}
     if len(done) < len(exp.planned):
         model = exp.new_model(0)
         exp.cost = measure_speed(exp, model, train, denoiser(model, a.precision))
@@ -63,7 +68,7 @@ def begin(exp, method, margin, reasons, train, denoiser):
 
 def end(exp, sizes, margin):
     """After the last: the pictures, and the table with its verdicts. sizes: {layer: weights}."""
-    if ranks.first():
+    if ranks.first() and HELPER not in os.environ:
         draw_run(exp, sizes)
         write_table(exp, margin)
 
@@ -92,10 +97,11 @@ def progress(exp, job):
     """Log a finished training run: its row, the table so far, one line on the screen."""
     if not ranks.first():
         return
-    row, planned = exp.rows[job], exp.planned
-    runs.append_line(os.path.join(exp.args.out, "log.jsonl"), row)
-    write_results(exp.args.out, planned, exp.rows)
-    left = [other for other in planned if other not in exp.rows]
+    row, planned, out = exp.rows[job], exp.planned, exp.args.out
+    runs.append_line(os.path.join(out, "log.jsonl"), row)
+    with runs.one_at_a_time(out):
+        write_results(out, planned, exp.rows)
+    left = [other for other in planned if not os.path.exists(other.path(out))]
     togo = f" | about {clock(seconds_of(exp, left))} to go" if left and exp.cost[0] else ""
     number = f"{len(planned) - len(left)}/{len(planned)}"
     print(f"[{number}] {job}: {100 * row['sparsity']:.1f} % pruned, {row['live_weights']:,} "

@@ -45,7 +45,7 @@ WRITTEN = re.compile(
     r"|round\d{2,}_[a-z]+(\.partial|\.step_k)?\.(pt|ticket)")
 # Flags that a dense network does not depend on.
 PRUNING = ("rounds prune_rate final_sparsity scope score controls control_rounds dense_from demo "
-           "oneshot grow seeds device data_dir out inception").split()
+           "oneshot grow seeds device data_dir out inception workers").split()
 MARK = "This folder was made by a run of lth_diffusion.py or ddpm.py.\n"
 ABSENT = errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES,
@@ -415,11 +415,11 @@ def resumable(path, guard, extra=dict):
 
 
 @contextlib.contextmanager
-def open_folder(args, parser, free):
+def open_folder(args, parser, free, shared=False):
     """(Guard, {"device": what is used and why}) for a run on the folder args.out.
 
     Errors end in one line; ranks join; the folder is created and locked; changed flags are refused,
-    except those in `free`.
+    except those in `free`. shared: other processes may do the same; guard.others says whether.
     """
     with cli.one_line(parser, args.out), ranks.together():
         if args.batch % ranks.ranks()[1]:
@@ -427,7 +427,8 @@ def open_folder(args, parser, free):
         cli.check_memory(args)
         writable([args.out], "--out")
         reasons = cli.settle_device(args)
-        with alone_in(args.out), Guard() as guard:
+        with alone_in(args.out, shared and ranks.ranks()[1] == 1) as others, Guard() as guard:
+            guard.others = others
             check_config(args, free, parser.prog)
             yield guard, reasons
 

@@ -18,7 +18,7 @@ from support import report, runs
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FLAGS = ("--rounds 2 --steps 16 --batch 8 --samples 16 --nfe 4 --controls random").split()
 MEASURED = {"train_seconds", "seconds_per_1000", "train_memory", "sample_memory"}
-KILLS = 20
+KILLS, PROCESSES = 20, 4
 PHASES = ("starting", "training", "sampling", "saving")
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and ranks are Unix's")
@@ -69,18 +69,18 @@ def live(phase, argv):
     lth.main(argv)
 
 
-def start(out):
+def start(out, flags=()):
     """(process, what it is doing) of a run on `out`."""
     context = multiprocessing.get_context("forkserver")  # a new process, but torch is imported once
     context.set_forkserver_preload(["lth_diffusion", "torch._dynamo"])  # optimizers import the latter: 3 s
     phase = context.Value("i", 0)
-    process = context.Process(target=live, args=(phase, [*FLAGS, "--out", out]))
+    process = context.Process(target=live, args=(phase, [*FLAGS, *flags, "--out", out]))
     process.start()
     return process, phase
 
 
-def finish(out):
-    process, _ = start(out)
+def finish(out, flags=()):
+    process, _ = start(out, flags)
     process.join(120)
     assert process.exitcode == 0
 
@@ -110,6 +110,28 @@ def test_killed_at_twenty_moments(tmp_path):
     counts = collections.Counter(killed)
     print(dict(counts))
     assert min(counts[phase] for phase in PHASES[1:]) >= KILLS // 4, counts
+
+
+def test_several_processes_share_a_folder_and_some_die(tmp_path):
+    """PROCESSES on one folder, of which one is killed at a random moment, again and again: the table and the
+    weights are those of one process; no training run is lost, none stays with the dead."""
+    rng, whole, out = random.Random(1), str(tmp_path / "whole"), str(tmp_path / "shared")
+    flags = ["--seeds", "0", "1", "2"]
+    finish(whole, flags)
+    processes, kills = [start(out, flags) for _ in range(PROCESSES)], 0
+    while any(process.is_alive() for process, _ in processes):
+        time.sleep(rng.uniform(0.2, 0.8))
+        if kills < 2 * PROCESSES and all(process.is_alive() for process, _ in processes):
+            victim, _ = processes.pop(rng.randrange(PROCESSES))
+            victim.kill()
+            victim.join()
+            kills += 1
+            processes.append(start(out, flags))
+    assert kills and {process.exitcode for process, _ in processes} == {0}, kills
+    assert same(out, whole)
+    log = [line for line in open(os.path.join(out, "log.jsonl"))]
+    assert len(log) >= len(results(out)) == 12
+    assert not [name for name in os.listdir(os.path.join(out, "seed0")) if "partial" in name]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
