@@ -15,7 +15,7 @@ import torch
 
 import lth_diffusion as lth
 import metrics
-from checks import defaults, fid_bias, parity, speed
+from checks import defaults, fid_bias, parity, speed, workers
 from support import cli, data, report
 from unet import PRESETS, UNet
 
@@ -27,7 +27,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("name", ["defaults", "fid_bias", "parity", "speed", "verdict"])
+@pytest.mark.parametrize("name", ["defaults", "fid_bias", "parity", "speed", "verdict", "workers"])
 def test_a_check_run_as_a_file_says_how_to_run_it(name):
     done = subprocess.run([sys.executable, f"checks/{name}.py"], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"run it as a module:  python -m checks.{name}\n"
@@ -235,3 +235,22 @@ def test_pilots_keep_what_is_done(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         defaults.main(["training", *flags, "nonsense"])
     assert stop.value.code == 2 and "--only" in capsys.readouterr().err
+
+
+# --- workers
+
+def test_the_queue_by_hand():
+    """Two seeds of two rounds, one control each at the last: 8 jobs of a second."""
+    args, _ = lth.parse_args("--rounds 2 --control-rounds 2 --controls random --seeds 0 1".split())
+    jobs = lth.jobs(args)
+    seconds = dict.fromkeys(jobs, 1.0)
+    ends = {n: workers.finish(jobs, seconds, n) for n in (1, 2, 3, 100)}
+    assert ends == {1: 8.0, 2: 4.0, 3: 4.0, 100: 4.0}  # dense, two tickets, a control: the chain
+    assert workers.finish(jobs[:4], dict(zip(jobs, (5.0, 1.0, 1.0, 2.0))), 9) == 9.0
+
+
+def test_a_busy_machine_is_let_go_again():
+    with workers.spinning(1):
+        pass
+    assert float(workers.run("print(1.5)")) == 1.5
+    assert workers.run("import os; print(os.environ.get('GOMP_SPINCOUNT'))", GOMP_SPINCOUNT="7") == "7\n"
