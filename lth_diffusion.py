@@ -252,7 +252,8 @@ class Experiment:
         masks = masks or dense_masks(model)
         pictures, row = self.measure(job, ema.model, masks, row, after, each)
         runs.save_state(path, config=model.config, model=model.state_dict(), pictures=pictures,
-                        ema=ema.model.state_dict(), masks=pack_masks(masks), losses=losses, row=row)
+                        ema=ema.model.state_dict(), masks=pack_masks(masks), losses=losses, row=row,
+                        facts=self.facts(job))
         ranks.wait_for_all()
         trained = self.load(job)
         runs.remove(partial)
@@ -298,9 +299,13 @@ class Experiment:
             seconds_per_1000=1000 * seconds / a.samples, sample_memory=memory.bytes)
         if ranks.first():
             with runs.atomic(job.path(a.out, ".ticket")) as temporary:
-                save_ticket(temporary, model, masks)
+                save_ticket(temporary, model, masks, self.facts(job))
                 row["ticket_bytes"] = os.path.getsize(temporary)
         return samples[:16], row
+
+    def facts(self, job):
+        """What the files of a network say of how it was drawn from."""
+        return runs.facts(self.args, self.diffusion, job.seed, X_T_SEED, self.decode is not None)
 
     def draw(self, model, seed=0, n=None, x_T=None, **changed):
         """n samples uint8 (n, C, H, W), from the noise that the seed's networks share or x_T."""
