@@ -229,7 +229,6 @@ class Experiment:
             return self.load(job)
         if masks is not None:
             apply_masks(model, masks)
-        first = state["step"] if state else 0
 
         def checkpoint(step, get_state):
             if step == keep_step:
@@ -248,7 +247,7 @@ class Experiment:
                                 checkpoint=checkpoint, **options)
         ranks.same_on_all(packed()["masks"])
         row = dict(train_loss=losses[-1][1], train_seconds=seconds(), train_memory=memory.bytes,
-                   steps=options["steps"] - first)
+                   steps=options["steps"] - (state["step"] if state else 0))
         masks = masks or dense_masks(model)
         pictures, row = self.measure(job, ema.model, masks, row, after, each)
         runs.save_state(path, config=model.config, model=model.state_dict(), pictures=pictures,

@@ -319,7 +319,7 @@ def check_memory(args):
 
 
 def check_fits(flag, count, pixels, size):
-    """Mistake for a count of images, at `size` bytes a pixel, that exceeds this machine's memory."""
+    """Mistake for a count of images, of `size` bytes a pixel, beyond this machine's memory."""
     memory, need = physical_memory(), count * pixels * size
     if need > memory:
         refuse(flag, f"{count:,} images of {pixels} values need {need / 2**30:,.0f} GiB, this "

@@ -172,7 +172,8 @@ def read_npz(path):
     except Exception as error:  # numpy, zipfile and zlib raise their own kinds
         raise OSError(f"{path} cannot be read: {cli.first_line(error)}") from error
     array = array[..., None] if array.ndim == 3 else array
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape:
+    fits = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3)
+    if not fits or 0 in array.shape:
         raise OSError(f"{path} holds {array.dtype} {list(array.shape)}: images must be uint8 "
                       "[N, H, W, C] or [N, H, W], with C = 1 or 3")
     return torch.from_numpy(array.transpose(0, 3, 1, 2).copy())
