@@ -1,4 +1,5 @@
 """ddpm.py --from FILE: what it draws, from which files, and what it leaves alone."""
+import argparse
 import json
 import os
 import re
@@ -139,6 +140,16 @@ def test_facts_lie_in_every_file(made):
     known = dict(dataset="digits", T=1000, schedule="linear", prediction="v", sampler="ddpm", nfe=4, latent=False)
     assert facts["state"] == facts["ticket"] == facts["dense"] == known | dict(seed=3, x_T_seed=lth.X_T_SEED)
     assert facts["model"] == known | dict(seed=0, x_T_seed=0)
+
+
+def test_facts_of_latents_and_of_other_noise_levels():
+    """Both come from the experiment as it is at the end, not from its flags."""
+    flags = argparse.Namespace(dataset="digits", schedule="linear", prediction="v", sampler="ddim", nfe=50)
+    for decode, latent in (None, False), (torch.neg, True):
+        exp = argparse.Namespace(args=flags, diffusion=ddpm.Diffusion(500, "cosine", "eps"), decode=decode)
+        facts = lth.Experiment.facts(exp, lth.Job(2, 1, "ticket"))
+        assert facts == dict(dataset="digits", T=500, schedule="cosine", prediction="eps", sampler="ddim", nfe=50,
+                             seed=2, x_T_seed=lth.X_T_SEED, latent=latent)
 
 
 def changed(path, target, **changes):
