@@ -2,11 +2,12 @@
 Denoising Diffusion Probabilistic Models, 2020, arXiv 2006.11239).
 
     python ddpm.py --dataset mnist --data-dir data      # trains, writes runs/ddpm_mnist/
+    python ddpm.py --from runs/mnist/seed0/round10_ticket.pt --samples 64 --out drawn
 
     ema, losses = train(model, Diffusion(), images, steps=2000)     # images uint8 (N, C, H, W)
     x = sample(ema.model, Diffusion(), torch.randn(16, 1, 28, 28), "ddim", steps=50)
 
-This file and unet.py can be copied alone; only the command line needs support/.
+This file and unet.py can be copied alone; only the command line needs prune.py and support/.
 """
 if __name__ == "__main__":  # before torch is imported
     from support import early
@@ -411,9 +412,10 @@ def draw_samples(model, diffusion, x_T, precision="fp32", sampler="ddim", steps=
 
 # --------------------------------------------------------------------------- command line
 def main(argv=None):
-    """Train one dense DDPM, or go on with it; save it; draw a grid of samples."""
+    """Train one dense DDPM, or go on with it, and draw samples; or draw from any finished file."""
+    import prune
     from support import alone
-    alone.main(argv, sys.modules[__name__])
+    alone.main(argv, sys.modules[__name__], prune)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,6 @@ class Experiment:
             return self.load(job)
         if masks is not None:
             apply_masks(model, masks)
-        first = state["step"] if state else 0
 
         def checkpoint(step, get_state):
             if step == keep_step:
@@ -255,11 +254,12 @@ class Experiment:
                                 checkpoint=checkpoint, **options)
         ranks.same_on_all(packed()["masks"])
         row = dict(train_loss=losses[-1][1], train_seconds=seconds(), train_memory=memory.bytes,
-                   steps=options["steps"] - first)
+                   steps=options["steps"] - (state["step"] if state else 0))
         masks = masks or dense_masks(model)
         pictures, row = self.measure(job, ema.model, masks, row, after, each)
         runs.save_state(path, config=model.config, model=model.state_dict(), pictures=pictures,
-                        ema=ema.model.state_dict(), masks=pack_masks(masks), losses=losses, row=row)
+                        ema=ema.model.state_dict(), masks=pack_masks(masks), losses=losses, row=row,
+                        facts=self.facts(job))
         ranks.wait_for_all()
         trained = self.load(job)
         runs.remove(partial)
@@ -307,9 +307,13 @@ class Experiment:
             seconds_per_1000=1000 * seconds / a.samples, sample_memory=memory.bytes)
         if ranks.first():
             with runs.atomic(job.path(a.out, ".ticket")) as temporary:
-                save_ticket(temporary, model, masks)
+                save_ticket(temporary, model, masks, self.facts(job))
                 row["ticket_bytes"] = os.path.getsize(temporary)
         return samples[:16], row
+
+    def facts(self, job):
+        """What the files of a network say of how it was drawn from."""
+        return runs.facts(self.args, self.diffusion, job.seed, X_T_SEED, self.decode is not None)
 
     def draw(self, model, seed=0, n=None, x_T=None, **changed):
         """n samples uint8 (n, C, H, W), from the noise that the seed's networks share or x_T."""

@@ -3,12 +3,15 @@ a domain classifier, multiply-accumulates.
 
     inception = load_inception("pt_inception-2015-12-05-6726825d.pth")    # needs support/
     distance = fid(features(inception, fake), features(inception, real))  # uint8 [N, C, H, W]
+
+    python metrics.py mnist FOLDER     # training images against a folder or an .npz; needs support/
 """
 import collections
 import contextlib
 import functools
 import math
 import os
+import sys
 
 import numpy as np
 import torch
@@ -371,3 +374,13 @@ def count_macs(model, x, t=None, masks=None):
         for hook in hooks:
             hook.remove()
     return {name: (dense[name], live[name]) for name in dense}
+
+
+def main(argv=None):
+    """How far one set of images is from another; see support/measure.py."""
+    from support import measure
+    measure.main(argv, sys.modules[__name__])
+
+
+if __name__ == "__main__":
+    main()

@@ -311,13 +311,15 @@ def unpack_masks(model, bits):
     return masks
 
 
-def save_ticket(path, model, masks):
-    """Write a ticket: one bit per prunable weight, the values of the live ones, the rest whole."""
+def save_ticket(path, model, masks, facts=None):
+    """Write a ticket: one bit per prunable weight, the values of the live ones, the rest whole.
+    facts: a dict of plain values on how to use the model; torch.load(path)["facts"] reads it."""
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     values = {name: state.pop(name)[mask.cpu()] for name, mask in masks.items()}
-    ticket = dict(config=getattr(model, "config", None), bits=pack_masks(masks), values=values)
+    config = getattr(model, "config", None)  # other libraries keep objects there
+    ticket = dict(config=dict(config) if isinstance(config, dict) else None, facts=facts)
     with open(path, "wb") as file:  # given a path, torch.save would store its name too
-        torch.save(ticket | dict(rest=state), file)
+        torch.save(ticket | dict(bits=pack_masks(masks), values=values, rest=state), file)
 
 
 def load_ticket(path, model=None):
@@ -330,10 +332,10 @@ def load_ticket(path, model=None):
             if file.testzip() is not None:  # torch.load does not compare checksums
                 raise ValueError("a flipped bit")
         ticket = torch.load(path, weights_only=True, map_location="cpu")
-        if model is None and ticket["config"] is None:
-            raise ValueError("it has no U-Net's config: pass the network as model")
         if model is None:
             from unet import UNet
+            if "mults" not in (ticket["config"] or {}):
+                raise ValueError("it has no U-Net's config: pass the network as model")
             model = UNet(**ticket["config"])
         state, masks = dict(ticket["rest"]), unpack_masks(model, ticket["bits"])
         for name, p in prunable(model).items():

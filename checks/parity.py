@@ -12,13 +12,16 @@ if __name__ == "__main__" and not __package__:
 import collections
 import importlib
 import importlib.metadata
+import os
 import re
 import sys
+import tempfile
 from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +29,7 @@ import ddpm
 import metrics
 import unet
 from studies.common import Study
-from support import charts, runs
+from support import charts, measure, runs
 
 PEERS = {  # package -> module
     "pytorch-fid": "pytorch_fid.inception",
@@ -99,6 +102,16 @@ def feature_sets(n, d):
 
 # --------------------------------------------------------------------------- metrics
 
+FILES = 50  # images in each of two folders: each goes through Inception twice
+
+
+def their_inception(peer, model):
+    """pytorch-fid's network with our weights instead of the download."""
+    with mock.patch.object(peer, "load_state_dict_from_url",
+                           lambda *_, **__: model.state_dict()):
+        return peer.fid_inception_v3().eval()
+
+
 @torch.no_grad()
 def pytorch_fid_rows():
     """Inception and the Frechet distance.
@@ -110,10 +123,7 @@ def pytorch_fid_rows():
     from pytorch_fid.fid_score import calculate_frechet_distance
     model = randomise(metrics.InceptionV3())
     images = random_images(4)
-    # Our weights instead of the download.
-    with mock.patch.object(peer, "load_state_dict_from_url",
-                           lambda *_, **__: model.state_dict()):
-        network = peer.fid_inception_v3().eval()
+    network = their_inception(peer, model)
     with mock.patch.object(peer, "fid_inception_v3", lambda: network):
         extractor = peer.InceptionV3().eval()
     pool, logits = model(images)
@@ -128,6 +138,30 @@ def pytorch_fid_rows():
     yield compare("Frechet distance, pytorch-fid, D=64, n=600 and 550",
                   metrics.fid(*sets),
                   calculate_frechet_distance(*moments), 1e-8)
+
+
+def folder_rows():
+    """The way of `python metrics.py FOLDER FOLDER`, from PNG files to FID, and pytorch-fid's."""
+    from pytorch_fid import fid_score
+    from pytorch_fid import inception as peer
+    model = randomise(metrics.InceptionV3())
+    images = random_images(2 * FILES)[..., :28, :28]
+    with tempfile.TemporaryDirectory() as root:
+        paths = [os.path.join(root, name) for name in ("real", "fake")]
+        for path, part in zip(paths, (images[:FILES], images[FILES:] // 2)):
+            os.mkdir(path)
+            for i, image in enumerate(part.permute(0, 2, 3, 1).numpy()):
+                Image.fromarray(image).save(f"{path}/{i:05d}.png")
+        network = their_inception(peer, model)
+        with mock.patch.object(peer, "fid_inception_v3", lambda: network):
+            theirs = fid_score.calculate_fid_given_paths(
+                paths, 50, "cpu", 2048, num_workers=0)
+        sides = [measure.read(path, "") for path in paths]
+        extractor = measure.Extractor("random Inception", model, False)
+        rows, _ = measure.compare(*sides, extractor, "", metrics)
+    yield compare(
+        f"FID of two folders of {FILES} PNGs, metrics.py's command, "
+        "pytorch-fid", rows[0][2], theirs, 1e-5)
 
 
 def torch_fidelity_rows():
@@ -310,6 +344,7 @@ def torch_rows():
 # --------------------------------------------------------------------------- command line
 
 SECTIONS = ((pytorch_fid_rows, "pytorch-fid"),
+            (folder_rows, "pytorch-fid"),
             (torch_fidelity_rows, "torch-fidelity"),
             (unet_rows, "diffusers"),
             (sampler_rows, "diffusers"),

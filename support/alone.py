@@ -1,22 +1,33 @@
-"""The command line of ddpm.py: one dense DDPM, trained, saved and drawn from."""
+"""The command line of ddpm.py: one dense DDPM, trained, saved and drawn from.
+
+With --from it draws from a file instead: see support/draw.py.
+"""
 import os
 import sys
 
 import torch
 
-from support import charts, cli, data, ranks, runs
+from support import charts, cli, data, draw, ranks, runs
 
 FREE = "device", "data_dir", "out", "samples", "sampler", "nfe"  # may differ when a run goes on
 
 
-def main(argv, ddpm):
-    """Train, or go on with it; save; draw a grid of samples. ddpm: the module of that name."""
-    parser = cli.Parser(prog="ddpm.py", description="Train one dense DDPM; draw a grid of samples.")
+def main(argv, ddpm, prune):
+    """Train, or go on with it; save; draw a grid of samples. ddpm, prune: the modules of these
+    names."""
+    parser = cli.Parser(prog="ddpm.py", description="Train one dense DDPM; draw a grid of samples. "
+                        "With --from: draw from a finished network.")
     cli.add_training_flags(parser, ddpm.PRESETS)
     parser.add_argument("--seed", type=cli.seed_number, default=0,
                         help="of the weights, the data order and the samples (default: 0)")
+    parser.add_argument("--from", dest="source", metavar="FILE", type=cli.path,
+                        help="train nothing: draw --samples images into --out from a model.pt, "
+                             "a finished state of lth_diffusion.py or a .ticket file")
     parser.set_defaults(samples=100)
     args = parser.parse_args(argv)
+    if args.source is not None:
+        return draw.main(parser, argv, ddpm, prune)
+    del args.source
     cli.fill_defaults(args)
     args.out = args.out or f"runs/ddpm_{args.dataset}"
     with cli.one_line(parser):
@@ -45,7 +56,8 @@ def train_and_draw(args, guard, model, diffusion, images, train, draw_samples):
                                 checkpoint=guard, rank=rank, world=world,
                                 **cli.training_options(args))
         runs.save_state(path, config=model.config, model=model.state_dict(), losses=losses,
-                        ema=ema.model.state_dict(), args=vars(args))
+                        ema=ema.model.state_dict(), args=vars(args),
+                        facts=runs.facts(args, diffusion, args.seed))
         runs.remove(partial)
         print(f"trained {args.steps} steps in {seconds():.0f} s, loss {losses[-1][1]:.4f}: {path}")
     ranks.wait_for_all()

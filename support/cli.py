@@ -35,6 +35,8 @@ ROUNDS = {"digits": (2, 0.9)}  # where --rounds is not 10: (rounds, final sparsi
 DEMO = dict(rounds=1, final_sparsity=0.8, controls=["reinit"], samples=200, out="runs/demo")
 SCORE = "magnitude"  # of --scope global
 RESCALED = "normalized", "lamp"  # scores that order a layer as magnitude does
+SAMPLERS = "ddpm", "ddim", "dpm"
+SAMPLE = 5  # bytes a pixel of a sample: its float32 noise and its uint8 result
 
 
 class Mistake(ValueError):
@@ -197,7 +199,7 @@ def add_training_flags(parser, presets):
     add("--weighting", choices=["plain", "min-snr"],
         help="of the loss by noise level (default: by data set; plain with --preset paper)")
     add("--samples", type=positive_int, metavar="N", help="images drawn per measurement")
-    add("--sampler", choices=["ddpm", "ddim", "dpm"], help="default: by data set")
+    add("--sampler", choices=SAMPLERS, help="default: by data set")
     add("--nfe", type=evaluations, help="network evaluations per sample (default: by data set)")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto: bf16 where the hardware has units for it")
@@ -336,13 +338,17 @@ def check_model(args, ddpm):
 
 def check_memory(args):
     """Mistake for a batch or samples whose pixels alone exceed this machine's memory."""
-    pixels, memory = math.prod(DATASETS[args.dataset][0]), physical_memory()
-    # float32 noise and uint8 result of each sample; float32 x_0, noise and x_t of each image
-    for flag, count, size in ("samples", args.samples, 5), ("batch", args.batch, 12):
-        if count * pixels * size > memory:
-            need = count * pixels * size / 2**30
-            refuse(flag, f"{count:,} images of {pixels} values need {need:,.0f} GiB, this machine "
-                   f"has {memory / 2**30:,.0f}")
+    pixels = math.prod(DATASETS[args.dataset][0])
+    check_fits("samples", args.samples, pixels, SAMPLE)
+    check_fits("batch", args.batch, pixels, 12)  # float32 x_0, noise and x_t of each image
+
+
+def check_fits(flag, count, pixels, size):
+    """Mistake for a count of images, of `size` bytes a pixel, beyond this machine's memory."""
+    memory, need = physical_memory(), count * pixels * size
+    if need > memory:
+        refuse(flag, f"{count:,} images of {pixels} values need {need / 2**30:,.0f} GiB, this "
+               f"machine has {memory / 2**30:,.0f}")
 
 
 # --------------------------------------------------------------------------- the machine

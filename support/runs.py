@@ -226,6 +226,17 @@ def load_state(path, needed=()):
     return state
 
 
+def facts(args, diffusion, seed, x_T_seed=0, latent=False):
+    """What a network's file says of how it was trained and drawn from: plain values.
+
+    x_T_seed: what is added to the seed for the starting noise. latent: it denoises codes, not
+    images.
+    """
+    return dict(dataset=args.dataset, T=diffusion.T, schedule=diffusion.schedule,
+                prediction=diffusion.prediction, sampler=args.sampler, nfe=args.nfe, seed=seed,
+                x_T_seed=x_T_seed, latent=latent)
+
+
 def remove(path):
     """Delete a file that the run made, if it is there and this is rank 0."""
     if first():

@@ -43,7 +43,7 @@ def test_parity_with_every_peer(tmp_path):
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = read(tmp_path / "parity.csv")
-    assert len(rows) == 24 and {row["verdict"] for row in rows} == {"ok"}
+    assert len(rows) == 25 and {row["verdict"] for row in rows} == {"ok"}
     source = json.loads((tmp_path / "parity.json").read_text("utf-8"))
     assert set(source["peers"]) == set(parity.PEERS) and source["seconds"] > 0
     assert (tmp_path / "parity.md").read_text("utf-8").count("\n| ") == len(rows) + 1
