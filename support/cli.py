@@ -251,6 +251,9 @@ def parse(parser, argv, name, fixed, check):
 def complete(args, name=""):
     """Check and complete the flags of a pruning run; name: of a method, for its folder."""
     fill_defaults(args)
+    if args.images:
+        from support import own
+        own.check_measurable(args)
     if args.final_sparsity is not None:
         if args.prune_rate is not None:
             refuse("prune-rate", "--final-sparsity sets it; give one of them")
@@ -277,9 +280,6 @@ def complete(args, name=""):
     if args.samples < 4:
         refuse("samples", "precision and recall use 3 neighbours and need at least 4 samples")
     args.out = args.out or f"runs/{folder_name(args)}{name}"
-    if args.images:
-        from support import own
-        own.check_measurable(args)
     check_memory(args)
 
 

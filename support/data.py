@@ -77,10 +77,16 @@ def load(args, split="train"):
     return (found.train, found.labels) if split == "train" else (found.test, found.truth)
 
 
+def unlabelled(args):
+    """Whether the images of a run have no labels."""
+    return getattr(args, "images", None) is not None and load(args)[1] is None
+
+
 def hash_of(args, images, test):
     """The name of the data in config.json: of the training images; of your own, of all."""
-    kind = getattr(args, "images", None)
-    return images_hash(images if kind is None else torch.cat([images, test]))
+    if getattr(args, "images", None) is None:
+        return images_hash(images)
+    return f"{images_hash(images)}-{images_hash(test)}"
 
 
 def shares_of(labels):

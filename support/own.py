@@ -12,6 +12,7 @@ import os
 import re
 import unicodedata
 import warnings
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -74,8 +75,8 @@ def usual(size, grey, n):
     """What n images of this size are trained with, unless flags say otherwise: small ones so that
     two CPU cores train a network in a minute or two, others as CIFAR-10 is."""
     few = n < 5000
-    if size <= 32 and few:  # colour is harder: a wider network, more steps
-        changed = dict(preset="tiny", steps=800) if grey else dict(preset="mnist", steps=1000)
+    if size <= 32 and few:  # colour is harder: a wider network
+        changed = dict(preset="tiny", steps=800) if grey else dict(preset="mnist", steps=700)
         return cli.DEFAULTS["digits"] | dict(lr=6e-3) | changed
     if size <= 32 and grey:
         return cli.DEFAULTS["mnist"]
@@ -170,14 +171,15 @@ def listing(path):
 
 def find(folder):
     """Relative paths, with forward slashes, of the PNG and JPEG files at any depth; links are
-    followed, each folder once; hidden files and folders are not looked at."""
-    found, seen = [], set()
+    followed, each folder once and none upwards; hidden files and folders are not looked at."""
+    found, seen, root = [], set(), os.path.realpath(folder)
 
     def add(path):  # also a subfolder that may not be read, to be reported with the files
         found.append(os.path.relpath(path, folder).replace(os.sep, "/"))
     for here, folders, files in os.walk(folder, followlinks=True, onerror=lambda e: add(e.filename)):
         real = os.path.realpath(here)
-        if real in seen:  # a link that leads back
+        above = root.startswith(real.rstrip(os.sep) + os.sep)
+        if real in seen or above:  # a link that leads back
             folders.clear()
             continue
         seen.add(real)
@@ -375,6 +377,8 @@ def split(names, pixels, classes):
 def read_npz(path):
     """(images uint8 [N, H, W, 1 or 3], labels [N] or None) of an .npz file; Mistake otherwise."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is not, or not whole, what numpy.savez writes")
         with np.load(path, allow_pickle=False) as file:
             others = [name for name in file.files if name != "labels"]
             chosen = [name for name in ("images", "arr_0") if name in others][:1] or others
@@ -386,7 +390,8 @@ def read_npz(path):
     except MemoryError:
         raise
     except Exception as error:  # numpy, zipfile and zlib each have their own
-        cli.refuse("images", f"{path} cannot be read: {runs.reason(error)}")
+        why = "it holds Python objects" if "allow_pickle" in str(error) else runs.reason(error)
+        cli.refuse("images", f"{path} cannot be read: {why}")
     images = images[..., None] if images.ndim == 3 else images
     fits = images.dtype == np.uint8 and images.ndim == 4 and images.size
     if not fits or images.shape[3] not in (1, 3):
