@@ -37,7 +37,7 @@ FINETUNE_LR = 0.1  # `finetune` trains at this share of --lr, since a decaying s
 STEP_K = ".step_k.pt"  # ends the name of the dense network's training state at step k
 FINISHED = "row", "config", "model", "ema", "masks", "losses"  # in a finished job's file
 CONTROLS = "reinit", "random", "finetune", "small"
-FREE = "device", "data_dir", "out", "inception", "seeds", "images"  # flags that may differ when a run goes on
+FREE = "device", "data_dir", "out", "inception", "seeds", "images"  # may differ when a run goes on
 
 
 class Job(NamedTuple):
@@ -145,8 +145,7 @@ class Experiment:
         self.args, self.guard, self.rows = args, guard or runs.Guard(), {}
         self.planned, self.cost, self.decode = [], (0.0, 0.0), None
         self.device, _ = cli.pick_device(args.device)
-        self.images, labels = data.load(args)
-        self.test, _ = data.load(args, "test")
+        (self.images, labels), (self.test, _) = data.splits(args)
         self.diffusion = Diffusion(1000, args.schedule, args.prediction, args.weighting)
         self.k = rewind_step(args)
         self.real = metrics.random_draw(self.test, min(args.samples, len(self.test)))

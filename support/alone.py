@@ -6,7 +6,8 @@ import torch
 
 from support import charts, cli, data, ranks, runs
 
-FREE = "device", "data_dir", "out", "samples", "sampler", "nfe", "images"  # may differ when a run goes on
+# may differ when a run goes on
+FREE = "device", "data_dir", "out", "samples", "sampler", "nfe", "images"
 
 
 def main(argv, ddpm):

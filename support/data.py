@@ -77,6 +77,11 @@ def load(args, split="train"):
     return (found.train, found.labels) if split == "train" else (found.test, found.truth)
 
 
+def splits(args):
+    """load() of the training images and of the held-out ones."""
+    return load(args), load(args, "test")
+
+
 def unlabelled(args):
     """Whether the images of a run have no labels."""
     return getattr(args, "images", None) is not None and load(args)[1] is None

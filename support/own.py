@@ -93,8 +93,8 @@ def check_size(size, preset):
     """Refuse an --image-size that the preset cannot work at."""
     step, near = MULTIPLE.get(preset, 8), nearest(size, preset)
     if size % step or not SMALLEST <= size <= LARGEST:
-        cli.refuse("image-size", f"{size} is not a multiple of {step} from {SMALLEST} to {LARGEST}, "
-                   f"which --preset {preset} needs; the nearest is {near}")
+        cli.refuse("image-size", f"{size} is not a multiple of {step} from {SMALLEST} to "
+                   f"{LARGEST}, which --preset {preset} needs; the nearest is {near}")
 
 
 def check_measurable(args):
@@ -132,7 +132,8 @@ def says(args, model, accuracy):
     """What the extractor of these images was trained on, for the line about the data. accuracy:
     of support.classifier."""
     own = of(args)
-    right = f"{100 * accuracy(model, own.test, own.truth):.0f} % right on held-out images"
+    some = own.test[:1000], None if own.truth is None else own.truth[:1000]  # seconds, not minutes
+    right = f"{100 * accuracy(model, *some):.0f} % right on held-out images"
     few = "; few held-out images: figures are noisy" if len(own.test) < 100 else ""
     _, channels, size, _ = own.train.shape
     shape = f"{size} x {size} pixels, {'colour' if channels == 3 else 'grey'}"
@@ -174,9 +175,12 @@ def find(folder):
     followed, each folder once and none upwards; hidden files and folders are not looked at."""
     found, seen, root = [], set(), os.path.realpath(folder)
 
-    def add(path):  # also a subfolder that may not be read, to be reported with the files
+    def add(path):
         found.append(os.path.relpath(path, folder).replace(os.sep, "/"))
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=lambda e: add(e.filename)):
+
+    def failed(error):  # a subfolder that may not be read is reported with the files
+        add(error.filename)
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=failed):
         real = os.path.realpath(here)
         above = root.startswith(real.rstrip(os.sep) + os.sep)
         if real in seen or above:  # a link that leads back
@@ -319,7 +323,7 @@ def read_once(path, size, names, key):
                         lambda: decode_folder(path, size, names) if names else
                         decode_npz(path, size), least=SLOW)
     bad = found.pop("bad")
-    if bad:
+    if bad and os.environ.get("RANK", "0") == "0":  # of several processes one says it
         print(f"note: {len(bad)} of {len(names)} files in {path} cannot be read and are left out: "
               f"{named(bad)}", flush=True)
     own = Own(**found)

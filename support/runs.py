@@ -177,7 +177,8 @@ def cache_folders():
 def cached(name, compute, folders=None, least=0.0):
     """compute(), a state for torch.save, from the cache where `name` is there; else computed, kept.
 
-    least: seconds that it must take to be kept. A cache that cannot be read or written costs time, never the run, and says so in one line.
+    least: seconds that it must take to be kept. A cache that cannot be read or written costs time,
+    never the run, and says so in one line.
     """
     folders = folders or cache_folders()
     for path in (os.path.join(folder, name) for folder in folders):
