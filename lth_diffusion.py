@@ -5,6 +5,7 @@
     python lth_diffusion.py --dataset mnist --rounds 10       # the main job
     python lth_diffusion.py --dataset mnist --seeds 0 1 2     # three seeds: a verdict
     python lth_diffusion.py --dataset cifar10 --preset paper  # Ho et al.'s network: needs a GPU
+    python lth_diffusion.py --images photos --rounds 2        # a folder of your own images
 
 The same command goes on where it stopped. --out receives results.csv, log.jsonl, config.json, the
 pictures, and the weights and ticket of every run. Other ways to find a ticket: methods/.
@@ -40,7 +41,8 @@ FINETUNE_LR = 0.1  # `finetune` trains at this share of --lr, since a decaying s
 STEP_K = ".step_k.pt"  # ends the name of the dense network's training state at step k
 FINISHED = "row", "config", "model", "ema", "masks", "losses"  # in a finished job's file
 CONTROLS = "reinit", "random", "finetune", "small"
-FREE = "device data_dir out inception seeds dense_from workers".split()  # may differ when a run goes on
+# Flags that may differ when a run goes on.
+FREE = "device data_dir out inception seeds images dense_from workers".split()
 
 
 class Job(NamedTuple):
@@ -148,16 +150,15 @@ class Experiment:
         self.args, self.guard, self.rows = args, guard or runs.Guard(), {}
         self.planned, self.cost, self.decode, self.claims = [], (0.0, 0.0), None, None
         self.device, _ = cli.pick_device(args.device)
-        self.images, labels = data.load_images(args.dataset, args.data_dir)
-        self.test, _ = data.load_images(args.dataset, args.data_dir, "test")
+        (self.images, labels), (self.test, _) = data.splits(args)
         self.diffusion = Diffusion(1000, args.schedule, args.prediction, args.weighting)
         self.k = rewind_step(args)
         self.real = metrics.random_draw(self.test, min(args.samples, len(self.test)))
         self.classifier = metrics.load_classifier(args.dataset, self.images, labels)
-        self.hashes = dict(data_hash=runs.images_hash(self.images),
+        self.hashes = dict(data_hash=data.hash_of(args, self.images, self.test),
                            classifier_hash=runs.weights_hash(self.classifier))
         self.extractors, self.reference = {}, dict(mean_pixel=self.test.float().mean().item())
-        self.add_extractor("_domain", self.classifier, torch.bincount(labels) / len(labels))
+        self.add_extractor("_domain", self.classifier, data.shares_of(labels))
         self.why_inception = self.find_inception()
         self.images = self.images.to(self.device)
 

@@ -77,7 +77,8 @@ def measure(exp, name, seed, prediction=None, weighting=None, threads=None, **ch
         quality = exp.quality(exp.draw(ema.model, seed, sampler=sampler, steps=nfe, label=label))
         found[label] = quality["fid_domain"]
     torch.set_num_threads(before)  # pixels and classes are those of the last sampler
-    return found | {column: quality[column] for column in ("mean_pixel", "classes_domain")}
+    return found | {column: quality.get(column, np.nan)
+                    for column in ("mean_pixel", "classes_domain")}
 
 
 def training(study, args, common):

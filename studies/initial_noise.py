@@ -35,7 +35,7 @@ import torch
 import lth_diffusion as lth
 import metrics
 from studies.common import Study, add_run_flag, open_run
-from support import charts, cli
+from support import charts, cli, data
 from support.verdict import t_test
 
 CONFIDENCE = 0.9
@@ -193,6 +193,8 @@ def main(argv=None):
                        help="x_T to start from (default: 400)")
     with study.arguments(argv) as args:
         exp, rows = open_run(args.run)
+        if data.unlabelled(exp.args):
+            cli.refuse("from", f"the images of {exp.args.out} have no classes to look for")
         last = max(job.round for job in rows)
         jobs = [job for job in rows if job.round in (0, last)]
         path = f"{args.out}/initial_noise_{exp.args.dataset}"

@@ -9,7 +9,8 @@ import torch
 
 from support import charts, cli, data, draw, ranks, runs
 
-FREE = "device", "data_dir", "out", "samples", "sampler", "nfe"  # may differ when a run goes on
+# may differ when a run goes on
+FREE = "device", "data_dir", "out", "samples", "sampler", "nfe", "images"
 
 
 def main(argv, ddpm, prune):
@@ -28,13 +29,13 @@ def main(argv, ddpm, prune):
     if args.source is not None:
         return draw.main(parser, argv, ddpm, prune)
     del args.source
-    cli.fill_defaults(args)
-    args.out = args.out or f"runs/ddpm_{args.dataset}"
     with cli.one_line(parser):
+        cli.fill_defaults(args)
+        args.out = args.out or f"runs/ddpm_{cli.folder_name(args)}"
         cli.check_model(args, ddpm)
     with runs.open_folder(args, parser, FREE) as (guard, reasons):
         print(f"{args.dataset}, U-Net {args.preset} on {reasons['device']}", flush=True)
-        images, _ = data.load_images(args.dataset, args.data_dir)
+        images, _ = data.load(args)
         torch.manual_seed(args.seed)
         shape = dict(channels=images.shape[1], image_size=images.shape[-1])
         model = ddpm.UNet(**shape | ddpm.PRESETS[args.preset])
@@ -48,8 +49,11 @@ def train_and_draw(args, guard, model, diffusion, images, train, draw_samples):
     path, partial = f"{args.out}/model.pt", f"{args.out}/model.partial.pt"
     model = model.to(device)
     if rank == 0:
-        runs.write_config(args, runs.provenance(" ".join(sys.argv), device,
-                                                 method="ddpm.py"))
+        facts = dict(method="ddpm.py")
+        if args.images:  # they can change; what is drawn or downloaded cannot
+            facts["data_hash"] = runs.images_hash(images)
+        runs.write_config(args, runs.provenance(" ".join(sys.argv), device, **facts),
+                          [name for name in facts if name == "data_hash"])
     if not os.path.exists(path):
         with runs.resumable(partial, guard) as (state, seconds), cli.training_memory():
             ema, losses = train(model, diffusion, images.to(device), seed=args.seed, state=state,

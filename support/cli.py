@@ -179,8 +179,12 @@ def add_data_flags(parser):
 def add_training_flags(parser, presets):
     """What is trained, on what, for how long; None stands for the data set's default."""
     add = parser.add_argument
-    add("--dataset", choices=list(DATASETS), default="digits",
-        help="default: digits, which are drawn on the spot")
+    add("--dataset", choices=list(DATASETS), help="default: digits, which are drawn on the spot")
+    add("--images", metavar="PATH", type=path,
+        help="your own instead: a folder of PNG and JPEG files (subfolders: classes), or an .npz "
+             "of uint8 [N, H, W, C]")
+    add("--image-size", metavar="N", type=positive_int,
+        help="pixels that --images are resized to (default: as they are, at most 64)")
     add("--preset", choices=list(presets), help="which U-Net (default: by data set)")
     add("--steps", type=positive_int, help="training steps of a dense run")
     add("--batch", type=positive_int, help="images per step")
@@ -260,8 +264,11 @@ def parse(parser, argv, name, fixed, check):
 
 def complete(args, name=""):
     """Check and complete the flags of a pruning run; name: of a method, for its folder."""
-    settle_rounds(args)
     fill_defaults(args)
+    settle_rounds(args)
+    if args.images:
+        from support import own
+        own.check_measurable(args)
     if args.score is None:
         args.score = SCORE if args.scope == "global" else "magnitude"
     elif args.score in RESCALED and args.scope != "global":
@@ -271,7 +278,7 @@ def complete(args, name=""):
         refuse("rewind", f"{args.rewind} of {args.steps} steps leaves none to train")
     if args.samples < 4:
         refuse("samples", "precision and recall use 3 neighbours and need at least 4 samples")
-    args.out = args.out or f"runs/{args.dataset}{name}"
+    args.out = args.out or f"runs/{folder_name(args)}{name}"
     check_memory(args)
 
 
@@ -304,13 +311,39 @@ def settle_rounds(args):
 
 
 def fill_defaults(args):
-    """Replace every None that DEFAULTS knows by the data set's value."""
+    """Replace every None that DEFAULTS knows by the data set's value; read --images."""
+    if args.images is None and args.image_size is not None:
+        refuse("image-size", "it is for --images")
+    if args.images is not None and args.dataset is not None:
+        refuse("images", "not together with --dataset: give one of them")
+    if args.images is None:
+        args.dataset = args.dataset or "digits"
+        usual = DEFAULTS[args.dataset]
+    else:
+        from support import own
+        usual = own.settle(args)
     paper = PAPER if args.preset == "paper" else {}
-    for name, value in (DEFAULTS[args.dataset] | paper).items():
+    for name, value in (usual | paper).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.warmup is None:
         args.warmup = max(1, args.steps // 20)
+
+
+def folder_name(args):
+    """The data set's name as that of a folder."""
+    if args.images is None:
+        return args.dataset
+    from support import own
+    return own.folder_of(args.dataset)
+
+
+def shape_of(args):
+    """(channels, height, width) of the images."""
+    if getattr(args, "images", None) is None:  # older runs have no such flag
+        return DATASETS[args.dataset][0]
+    from support import own
+    return tuple(own.of(args).train.shape[1:])
 
 
 def training_options(args):
@@ -325,7 +358,7 @@ def check_model(args, ddpm):
     """Refuse a sampling grid or a U-Net that does not fit; return the U-Net, without memory. ddpm:
     the module of that name."""
     import torch
-    (channels, size, _), _ = DATASETS[args.dataset]
+    channels, size, _ = shape_of(args)
     try:
         flag = "nfe"
         ddpm.sampling_times(ddpm.Diffusion(1000, args.schedule), args.nfe)
@@ -338,7 +371,7 @@ def check_model(args, ddpm):
 
 def check_memory(args):
     """Mistake for a batch or samples whose pixels alone exceed this machine's memory."""
-    pixels = math.prod(DATASETS[args.dataset][0])
+    pixels = math.prod(shape_of(args))
     check_fits("samples", args.samples, pixels, SAMPLE)
     check_fits("batch", args.batch, pixels, 12)  # float32 x_0, noise and x_t of each image
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
 from support import cli
-from support.runs import atomic, cache_folders, cached, reason, writable
+from support.runs import atomic, cache_folders, cached, images_hash, reason, writable
 
 KRIZ = "https://www.cs.toronto.edu/~kriz/"
 MIRRORS = {
@@ -66,6 +66,37 @@ def load_images(dataset, root, split="train"):
     read = _read_digits if dataset == "digits" else _read_cifar if dataset in CIFAR else _read_mnist
     images, labels = read(dataset, cli.path(os.fspath(root)) or ".", split)
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+
+
+def load(args, split="train"):
+    """load_images of the flags --images or --dataset; labels are None where images have none."""
+    if getattr(args, "images", None) is None:
+        return load_images(args.dataset, args.data_dir, split)
+    from support import own
+    found = own.of(args)
+    return (found.train, found.labels) if split == "train" else (found.test, found.truth)
+
+
+def splits(args):
+    """load() of the training images and of the held-out ones."""
+    return load(args), load(args, "test")
+
+
+def unlabelled(args):
+    """Whether the images of a run have no labels."""
+    return getattr(args, "images", None) is not None and load(args)[1] is None
+
+
+def hash_of(args, images, test):
+    """The name of the data in config.json: of the training images; of your own, of all."""
+    if getattr(args, "images", None) is None:
+        return images_hash(images)
+    return f"{images_hash(images)}-{images_hash(test)}"
+
+
+def shares_of(labels):
+    """The share of each class, float32 [K]; None without labels."""
+    return None if labels is None else torch.bincount(labels) / len(labels)
 
 
 # --------------------------------------------------------------------------- digits, drawn

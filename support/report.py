@@ -6,7 +6,7 @@ import time
 import numpy as np
 import torch
 
-from support import charts, cli, ranks, runs
+from support import charts, classifier, cli, own, ranks, runs
 from support.claims import HELPER
 from support.verdict import verdicts
 
@@ -80,7 +80,7 @@ def announce(exp, done, reasons):
     sparsity = 100 * (1 - (1 - a.prune_rate) ** a.rounds)
     lines = reasons | dict(
         data=f"{a.dataset}: {len(exp.images):,} training and {len(exp.test):,} test images; domain "
-             f"classifier {exp.hashes['classifier_hash']}",
+             f"classifier {exp.hashes['classifier_hash']}{own_images(exp)}",
         real=f"fid_domain of {n:,} real test images: {exp.reference['fid_domain']:.2f}",
         fid=exp.why_inception,
         model=f"U-Net {a.preset}: {sum(p.numel() for p in model.parameters()):,} parameters",
@@ -91,6 +91,13 @@ def announce(exp, done, reasons):
              + (f"; about {clock(left)} to go here" if left else ""))
     for name, text in lines.items():
         print(f"{name:<8} {text}", flush=True)
+
+
+def own_images(exp):
+    """What to say of --images beside their number: their size, and what the features know."""
+    if getattr(exp.args, "images", None) is None:
+        return ""
+    return f"; {own.says(exp.args, exp.classifier, classifier.accuracy)}"
 
 
 def progress(exp, job):

@@ -178,10 +178,11 @@ def cache_folders():
     return [os.path.join("runs", "cache"), os.path.join(home, "lth_diffusion")]
 
 
-def cached(name, compute, folders=None):
+def cached(name, compute, folders=None, least=0.0):
     """compute(), a state for torch.save, from the cache where `name` is there; else computed, kept.
 
-    A cache that cannot be read or written costs time, never the run, and says so in one line.
+    least: seconds that it must take to be kept. A cache that cannot be read or written costs time,
+    never the run, and says so in one line.
     """
     folders = folders or cache_folders()
     for path in (os.path.join(folder, name) for folder in folders):
@@ -191,7 +192,9 @@ def cached(name, compute, folders=None):
             continue
         except (OSError, ValueError) as error:
             print(f"cached file {path} is not used: {reason(error)}")
-    value = compute()
+    began, value = time.monotonic(), compute()
+    if time.monotonic() - began < least:
+        return value
     try:
         write_torch(os.path.join(writable(folders), name), value)
     except OSError as error:
@@ -475,6 +478,8 @@ def check_config(args, free, method):
     if found.get("method") != method:
         raise Mistake(f"argument --out: {args.out} was made by {found.get('method')}, this is "
                       f"{method}: choose another --out")
+    if getattr(args, "images", None) and then.get("images"):
+        args.dataset = then["dataset"]  # their folder may have moved; what it holds is hashed
     for name, value in vars(args).items():
         if name not in free and then.get(name) != value:
             raise Mistake(f"argument --{name.replace('_', '-')}: {args.out} was made with "
