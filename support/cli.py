@@ -264,6 +264,9 @@ def parse(parser, argv, name, fixed, check):
 
 def complete(args, name=""):
     """Check and complete the flags of a pruning run; name: of a method, for its folder."""
+    for flag, value in DEMO.items() if args.demo else ():
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
     fill_defaults(args)
     settle_rounds(args)
     if args.images:
@@ -284,11 +287,7 @@ def complete(args, name=""):
 
 def settle_rounds(args):
     """Rounds, the rate of each, and which of them have which controls."""
-    if args.demo:
-        for flag, value in DEMO.items():
-            if getattr(args, flag) is None:
-                setattr(args, flag, value)
-    elif [args.rounds, args.prune_rate, args.final_sparsity] == [None] * 3:
+    if [args.rounds, args.prune_rate, args.final_sparsity] == [None] * 3:
         args.rounds, args.final_sparsity = ROUNDS.get(args.dataset, (10, None))
     args.rounds = args.rounds or 10
     if args.final_sparsity is not None:

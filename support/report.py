@@ -55,7 +55,7 @@ def begin(exp, plan, method, margin, free, reasons, train, denoiser):
     a = exp.args
     ranks.wait_for_all()
     if ranks.first():
-        with runs.one_at_a_time(a.out):  # another process may have begun since the folder was opened
+        with runs.one_at_a_time(a.out):  # another process may have begun meanwhile
             runs.check_config(a, free, method)
             write_config(exp, method, margin)
     exp.planned = plan(a)
