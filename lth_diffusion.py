@@ -5,8 +5,8 @@
     python lth_diffusion.py --dataset mnist --seeds 0 1 2     # three seeds: a verdict
     python lth_diffusion.py --dataset cifar10 --preset paper  # Ho et al.'s network: needs a GPU
 
-The same command goes on where it stopped. --out receives results.csv, log.jsonl, config.json, the
-pictures, and the weights and ticket of every run. Other ways to find a ticket: methods/.
+The same command goes on where it stopped. --out receives report.html (all in one page), table.md,
+results.csv, config.json, the pictures, the weights and ticket of every run. More: methods/.
 """
 import copy
 import functools
@@ -18,7 +18,7 @@ import torch
 
 import ddpm
 import metrics
-from ddpm import Diffusion, as_input, denoiser, draw_samples, train
+from ddpm import Diffusion, as_input, denoiser, draw_samples, to_uint8, train
 from prune import (apply_masks, at_minimum, dense_masks, least_kept, live_counts, live_total,
                    mask_hooks, pack_masks, prunable, prune_magnitude, random_masks, rewind,
                    save_ticket, unpack_masks)
@@ -379,7 +379,7 @@ def run(args, parser, find=find_tickets, plan=jobs, experiment=Experiment):
         exp.planned = plan(args)
         report.begin(exp, parser.prog, MARGIN, reasons, train, denoiser)
         find(args, exp)
-        report.end(exp, live_counts(dense_masks(exp.new_model(0))), MARGIN)
+        report.end(exp, live_counts(dense_masks(exp.new_model(0))), MARGIN, to_uint8)
     return exp
 
 

@@ -23,6 +23,7 @@ import lth_diffusion as lth
 from studies.common import Study
 from support import charts, cli, runs
 from support.verdict import POWER, detectable, holm, verdicts
+from support.words import ARMS as NAMES
 
 ARMS = "dense", "ticket", "reinit", "random"
 SEEDS = 3, 5, 10
@@ -135,9 +136,10 @@ def judge(args):
     for (r, share), one in found.items():
         means = []
         for arm, values in tables[r, share].items():
-            means.append(f"{arm} {np.mean([*values.values()]):.4g}")
-        said.append(f"At {100 * share:.1f} % sparsity {args.metric} is "
-                    f"{', '.join(means)}; {one}.")
+            means.append(f"{NAMES[arm]} {np.mean([*values.values()]):.4g}")
+        said.append(f"At {100 * share:.1f} % sparsity, {args.metric}: "
+                    f"{', '.join(means)}: {one.answer}.")
+        said += [f"    {line}." for line in one.details]
         for test, p in one.tests.items():
             said.append(f"    {test}: p={p:.4g}")
         if one.winning is False:
