@@ -347,8 +347,9 @@ def animation(blocks, labels, path, title, note="", limit=2_000_000):
     """
     stills = [_still(blocks, k, f"{title}: {text}", note, k / max(1, len(labels) - 1))
               for k, text in enumerate(labels)]
+    grey = all(frames.shape[2] == 1 for _, frames in blocks)
     for colours, skip in (128, 1), (64, 1), (32, 1), (32, 2), (16, 4):
-        content = _gif([*stills[:-1:skip], stills[-1]], colours)
+        content = _gif([*stills[:-1:skip], stills[-1]], colours, grey)
         if len(content) <= limit:
             break
     with atomic(path) as temporary, open(temporary, "wb") as file:
@@ -377,18 +378,44 @@ def _still(blocks, frame, title, note, share):
     return page.image.reduce(DRAW // SHRINK)
 
 
-def _gif(images, colours, pause=2500, each=90):
+def _gif(images, colours, grey, pause=2500, each=90):
     """The bytes of a GIF that repeats; one palette for all frames, without dithering, so that what
     is still stays still and flat areas stay flat. pause, each: milliseconds."""
-    sheet = Image.new("RGB", (images[0].width, 3 * images[0].height), "white")
-    for k, image in enumerate((images[0], images[2 * len(images) // 3], images[-1])):
-        sheet.paste(image, (0, k * image.height))  # from noise to image
-    palette = sheet.quantize(colours, Image.Quantize.MAXCOVERAGE)
-    flat = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    palette = _palette((images[0], images[2 * len(images) // 3], images[-1]), colours, grey)
+    flat = [_flat(image, palette, colours, grey) for image in images]
     content, times = io.BytesIO(), [700] + [each] * (len(flat) - 2) + [pause]
     flat[0].save(content, "GIF", save_all=True, append_images=flat[1:], duration=times[-len(flat):],
                  loop=0, optimize=False)
     return content.getvalue()
+
+
+def _palette(images, colours, grey):
+    """A Pillow image with a palette for images: white, the accent, and even steps of grey, or the
+    colours that the images need."""
+    found = np.linspace(0, 255, colours - 2).round().astype(int).repeat(3).tolist()
+    if not grey:
+        sheet = Image.new("RGB", (images[0].width, len(images) * images[0].height))
+        for k, image in enumerate(images):
+            sheet.paste(image, (0, k * image.height))
+        found = sheet.quantize(colours - 2).getpalette()[:3 * (colours - 2)]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*found, *ImageColor.getrgb(PALETTE[0]), 255, 255, 255])
+    return palette
+
+
+def _flat(image, palette, colours, grey):
+    """The image in a palette of _palette(). Pillow takes a colour near by, not the nearest: white
+    would be tinted, and even areas of grey would be speckled."""
+    pixels = np.asarray(image)
+    index = np.array(image.quantize(palette=palette, dither=Image.Dither.NONE))
+    if grey:
+        index = (pixels[..., 0] / 255 * (colours - 3)).round().astype(np.uint8)
+    exact = ImageColor.getrgb(PALETTE[0]), (255, 255, 255)
+    for place, colour in enumerate(exact, colours - 2):
+        index[(pixels == colour).all(2)] = place
+    found = Image.fromarray(index)
+    found.putpalette(palette.getpalette())
+    return found
 
 
 def last_frame(path):

@@ -15,10 +15,8 @@ from support.words import ARMS, ASKS, clock, counted, legend
 # file -> how it is read
 PICTURES = {
     "denoising.gif":
-        "From noise to image: every network starts from the same noise in the same place, so "
-        "compare places; what differs was changed by pruning and training again. The sampler "
-        "draws its own noise on the way, if it does, for a batch of this size: these images need "
-        "not be those below.",
+        "From noise to image: the same place holds the same starting noise in every network, so "
+        "whatever differs there was changed by pruning and training again.",
     "samples_by_sparsity.png":
         "Samples: every row is one network, every column one starting noise; read down a column "
         "to see when an image changes or breaks.",

@@ -283,15 +283,20 @@ def draw_denoising(exp, states, to_uint8, note):
         model, _ = exp.rebuild(states[job], "ema")
         label = f"{ARMS[job.arm]}\n{100 * exp.rows[job]['sparsity']:.1f} % pruned"
         blocks.append((label, frames_of(exp, model, x_T, job.seed, to_uint8)))
+    # the sampler draws its noise by batch, and this is a smaller one
+    other = (" Sampler noise differs from that of samples_by_sparsity.png."
+             if exp.args.sampler == "ddpm" else "")
     times = [f"{k} of {exp.args.nfe} evaluations" for k in moments(exp.args.nfe)]
     charts.animation(blocks, times, os.path.join(exp.args.out, "denoising.gif"),
                      "From noise to image", "The same starting noise for every network. Seed "
-                     f"{exp.args.seeds[0]}. {note}")
+                     f"{exp.args.seeds[0]}.{other} {note}")
 
 
 def moments(evaluations):
-    """After how many evaluations the frames of the animation are taken: 0 is noise."""
-    return sorted({round(v) for v in np.linspace(0, evaluations, FRAMES)})
+    """After how many evaluations the frames of the animation are taken: 0 is noise. Later ones
+    lie closer together, for on most of the way there is little to see."""
+    left = np.linspace(1, 0, FRAMES) ** 1.5
+    return sorted({round(evaluations * (1 - share)) for share in left})
 
 
 def frames_of(exp, model, x_T, seed, to_uint8):
