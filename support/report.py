@@ -8,7 +8,7 @@ import torch
 
 from support import charts, cli, page, ranks, runs
 from support.verdict import verdicts
-from support.words import ARMS, QUALITY, clock, counted, legend
+from support.words import ARMS, QUALITY, clock, counted, legend, seeds_of
 
 COLUMNS = """seed round arm sparsity live_weights total_weights layers_at_minimum
     fid_domain precision_domain recall_domain classes_domain mean_pixel
@@ -73,7 +73,7 @@ def announce(exp, done, reasons):
         real=f"fid_domain of {n:,} real test images: {exp.reference['fid_domain']:.2f}",
         fid=exp.why_inception,
         model=f"U-Net {a.preset}: {sum(p.numel() for p in model.parameters()):,} parameters",
-        plan=f"{seeds_of(a)}; {counted(a.rounds, 'round')} "
+        plan=f"{seeds_of(a.seeds)}; {counted(a.rounds, 'round')} "
              f"of {100 * a.prune_rate:.1f} %, to {sparsity:.1f} % sparsity; {a.scope} ranking; "
              f"back to step {exp.k:,} of {a.steps:,}",
         jobs=f"{len(exp.planned)} training runs, {len(done)} of them done"
@@ -185,11 +185,6 @@ def remarks(args, rows, reference):
                "table.")
 
 
-def seeds_of(args):
-    """seed 0; seeds 0, 1, 2."""
-    return f"seed{'s' * (len(args.seeds) > 1)} {', '.join(map(str, args.seeds))}"
-
-
 def sparsity_of(rows, number):
     """How much the ticket of a round has lost, as text."""
     found = [row["sparsity"] for job, row in rows.items()
@@ -253,7 +248,7 @@ def draw_run(exp, sizes, to_uint8):
     states = {job: runs.load_state(job.path(a.out)) for job in rows if job.seed == a.seeds[0]}
     note = (f"{a.dataset}, U-Net {a.preset}, {a.steps:,} steps of {a.batch}, back to step "
             f"{exp.k:,}; {a.sampler} with {a.nfe} network evaluations; {a.samples:,} samples; "
-            f"{seeds_of(a)}.")
+            f"{seeds_of(a.seeds)}.")
     draw_sample_rows(a, rows, states, note)
     draw_quality(a, rows, exp.reference, len(exp.real), note)
     draw_layers(a, rows, states, sizes, note)

@@ -56,6 +56,11 @@ def counted(n, word):
     return f"{n:,} {word}{'' if n == 1 else 's'}"
 
 
+def seeds_of(seeds):
+    """seed 0; seeds 0, 1, 2."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
 def clock(seconds):
     """45 s, 3 min, 1 h 05 min."""
     minutes = round(seconds / 60)

@@ -86,7 +86,7 @@ def test_no_verdict(tmp_path, capsys):
     diverged = WIN | dict(ticket=(10.1, math.nan, 12.1))
     assert "no verdict (3 seeds; ticket not finite)." in told(capsys, write(tmp_path / "a.csv", diverged))
     out = told(capsys, write(tmp_path / "a.csv", WIN | dict(random=(20, 21))))
-    assert "no verdict (2 seeds" in out and "seeds [2] lack an arm" in out
+    assert "no verdict (2 seeds" in out and "seed 2 left out: not in all arms" in out
 
 
 def test_files_add_seeds(tmp_path, capsys):
