@@ -36,14 +36,15 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --soft: #a8a8a8; --rule: #444;
   --back: #181818; --box: #242424; --link: #7db8ec; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.2rem 3rem; color: var(--ink);
+body { margin: 0 auto; max-width: 66rem; padding: 1rem 1.2rem 3rem; color: var(--ink);
   background: var(--back); font: 1rem/1.55 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem;
   border-bottom: 1px solid var(--rule); padding-bottom: .2rem; }
 a { color: var(--link); } .soft, figcaption, dd { color: var(--soft); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem;
-  font-variant-numeric: tabular-nums; } th, td { padding: .3rem .55rem; white-space: nowrap;
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .82rem;
+  font-variant-numeric: tabular-nums; } th, td { padding: .3rem .38rem; white-space: nowrap;
   text-align: right; border-bottom: 1px solid var(--rule); } .text { text-align: left; }
+th { white-space: normal; vertical-align: bottom; }
 ul { padding-left: 1.2rem; } ul ul { color: var(--soft); font-size: .92rem; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .25rem 1rem;
   font-size: .92rem; } dt { font-weight: 600; } dd { margin: 0; min-width: 0; }
@@ -52,11 +53,14 @@ figure { margin: 1.4rem 0; } img { max-width: 100%; height: auto; background: #f
   font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .5rem; } }
-@media print { :root { --ink: #000; --soft: #333; --rule: #bbb; --back: #fff; --box: #fff;
-  --link: #000; } body { max-width: none; padding: 0; font-size: 9.5pt; }
-  table { font-size: 6.2pt; } th, td { padding: .1rem .22rem; } .wide { overflow: visible; }
-  figure, tr, li, pre { break-inside: avoid; } h2 { break-after: avoid; }
-  img { max-height: 20cm; } }
+.still { display: none; }
+@media (prefers-reduced-motion: reduce) { .film { display: none; } .still { display: block; } }
+@media print { @page { margin: 15mm; } html { font-size: 9.5pt; }
+  :root { --ink: #000; --soft: #333; --rule: #bbb; --back: #fff; --box: #fff; --link: #000; }
+  body { max-width: none; padding: 0; } .wide { overflow: visible; }
+  table { font-size: 7pt; } th, td { padding: .1rem .25rem; white-space: normal; }
+  figure, tr, li { break-inside: avoid; } h2 { break-after: avoid; } img { max-height: 12cm;
+  width: auto; } .film { display: none; } .still { display: block; max-width: 60%; } }
 """
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -174,17 +178,17 @@ def figure(out, name, text):
     kind = os.path.splitext(name)[1][1:]
     with Image.open(path) as image:
         size = f'width="{image.width // charts.SHRINK}" height="{image.height // charts.SHRINK}"'
-    shown = f'<img src="{inline(content, kind)}" alt="{escape(text)}" {size}>'
-    if kind == "gif":  # paper, and readers who asked for less motion, get the last frame
-        still = inline(charts.last_frame(path), "png")
-        media = "print, (prefers-reduced-motion: reduce)"
-        shown = f'<picture><source media="{media}" srcset="{still}">{shown}</picture>'
+    shown = image_of(content, kind, text, size, "film" if kind == "gif" else "drawn")
+    if kind == "gif":  # for paper, and for readers who want no motion, the last frame
+        shown += image_of(charts.last_frame(path), "png", text, size, "still")
     return f"<figure>{shown}<figcaption>{escape(text)}</figcaption></figure>\n"
 
 
-def inline(content, kind):
-    """The bytes of a picture as an address that loads nothing."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def image_of(content, kind, text, size, name):
+    """The bytes of a picture as an <img> that loads nothing; name: its class in STYLE."""
+    inside = base64.b64encode(content).decode()
+    return (f'<img class="{name}" src="data:image/{kind};base64,{inside}" alt="{escape(text)}" '
+            f"{size}>")
 
 
 # --------------------------------------------------------------------------- what the page says
@@ -249,7 +253,7 @@ def cost(rows):
         "only channel tickets, which are smaller networks, do. MACs (multiply-accumulates) count "
         "what a network that skipped its zeros would have to do.",
         "In all: with the trainings that the network came from. A training step counts as three "
-        "evaluations per image. Memory: the most that the process held, with the program itself. "
+        "evaluations per image. Memory: the most that was held; on a CPU, the program included. "
         f"All {counted(len(rows), 'training run')} together trained for {clock(total)}."]
     return html_table(header, table) + "".join(map(paragraph, read))
 
