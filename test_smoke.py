@@ -17,7 +17,7 @@ def run(*command):
     """Run a command line from the repository's folder; return (exit code, what it printed)."""
     done = subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True,
                           timeout=300)
-    return done.returncode, done.stdout + done.stderr
+    return done.returncode, done.stderr + done.stdout  # a log's progress first
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ import math
 import os
 import sys
 
-from support import screen
-
 DATASETS = {  # name -> ((channels, height, width), number of classes)
     "digits": ((1, 28, 28), 10),
     "mnist": ((1, 28, 28), 10),
@@ -61,6 +59,7 @@ def one_line(parser, out=None):
     2: a mistake. 1: a run that diverged or did not fit into memory. 130: Ctrl-C.
     out: the folder that keeps finished work, for a run that can be resumed.
     """
+    from support import screen  # here, so that this file alone will do for the flags
     if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a character must not end a run
         sys.stdout.reconfigure(errors="replace")
     kept = f" Finished work is kept in {out}." if out else ""
