@@ -7,8 +7,8 @@
     python lth_diffusion.py --dataset cifar10 --preset paper  # Ho et al.'s network: needs a GPU
     python lth_diffusion.py --images photos --rounds 2        # a folder of your own images
 
-The same command goes on where it stopped. --out receives results.csv, log.jsonl, config.json, the
-pictures, and the weights and ticket of every run. Other ways to find a ticket: methods/.
+The same command goes on where it stopped. --out receives report.html (all in one page), table.md,
+results.csv, config.json, the pictures, the weights and ticket of every run. More: methods/.
 """
 if __name__ == "__main__":  # before torch is imported
     from support import early
@@ -23,7 +23,7 @@ import torch
 
 import ddpm
 import metrics
-from ddpm import Diffusion, as_input, denoiser, draw_samples, train
+from ddpm import Diffusion, as_input, denoiser, draw_samples, to_uint8, train
 from prune import (SCORES, apply_masks, at_minimum, dense_masks, least_kept, live_counts,
                    live_total, mask_hooks, pack_masks, prunable, prune_magnitude, random_masks,
                    rewind, save_ticket, unpack_masks)
@@ -395,13 +395,14 @@ def run(args, parser, find=find_tickets, plan=jobs, experiment=Experiment):
         exp = experiment(args, guard)
         report.begin(exp, plan, parser.prog, MARGIN, FREE, reasons, train, denoiser)
         claims.work(find, exp, plan, parser)
-        report.end(exp, live_counts(dense_masks(exp.new_model(0))), MARGIN)
+        report.end(exp, live_counts(dense_masks(exp.new_model(0))), MARGIN, to_uint8)
     return exp
 
 
 def main(argv=None):
-    """The command line: exit code 2 for a mistake, 1 for a diverged run, 130 for Ctrl-C."""
-    run(*parse_args(argv))
+    """The command line -> the rows of the table. Exit code 2 for a mistake, 1 for a diverged run,
+    130 for Ctrl-C."""
+    return list(run(*parse_args(argv)).rows.values())
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import lth_diffusion as lth
 from studies.common import Study
 from support import charts, cli, runs
 from support.verdict import POWER, detectable, holm, verdicts
+from support.words import ARMS as NAMES, seeds_of
 
 ARMS = "dense", "ticket", "reinit", "random"
 SEEDS = 3, 5, 10
@@ -113,8 +114,7 @@ def make_tables(rows, metric):
         # A diverged run leaves no row: the reader must know that it was tried.
         seeds = [set(values) for values in table.values()]
         if lost := set.union(*seeds) - set.intersection(*seeds):
-            remarks.append(f"Round {r}: seeds {sorted(lost)} lack an arm and "
-                           "are left out.")
+            remarks.append(f"Round {r}: {seeds_of(sorted(lost))} left out: not in all arms.")
         tables[r, shares[0]] = table
     if not tables:
         missing = f"no round has all of {', '.join(ARMS)}."
@@ -135,9 +135,10 @@ def judge(args):
     for (r, share), one in found.items():
         means = []
         for arm, values in tables[r, share].items():
-            means.append(f"{arm} {np.mean([*values.values()]):.4g}")
-        said.append(f"At {100 * share:.1f} % sparsity {args.metric} is "
-                    f"{', '.join(means)}; {one}.")
+            means.append(f"{NAMES[arm]} {np.mean([*values.values()]):.4g}")
+        said.append(f"At {100 * share:.1f} % sparsity, {args.metric}: "
+                    f"{', '.join(means)}: {one.answer}.")
+        said += [f"    {line}." for line in one.details]
         for test, p in one.tests.items():
             said.append(f"    {test}: p={p:.4g}")
         if one.winning is False:

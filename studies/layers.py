@@ -44,6 +44,7 @@ from prune import live_counts, prunable
 from studies.common import (Study, add_run_flag, checkpoint, density_by_block, fit,
                             open_run, over_seeds, overlap, slope)
 from support import charts, cli, runs
+from support.words import seeds_of
 from unet import ResBlock
 
 TIMES = 50, 150, 300, 500, 800  # from almost an image to almost noise
@@ -134,7 +135,7 @@ def tickets_of(exp, folders, seeds):
             found[folder, seed] = masks
     for folder in set(folders) - {run for run, _ in found}:
         cli.refuse("beside", f"{folder} has no ticket of round {last} "
-                   f"and seeds {seeds}")
+                   f"and {seeds_of(seeds)}")
     return found
 
 
@@ -285,7 +286,7 @@ def main(argv=None):
             table += survivors(exp, seed, tickets[out, seed])
             study.save(path, HEADER, table, exp.device, **facts)
             print(f"seed {seed}: done", flush=True)
-        note = f"{exp.args.dataset}, round {last}, seeds {seeds}."
+        note = f"{exp.args.dataset}, round {last}, {seeds_of(seeds)}."
         draw(table, path, note)
         if len(tickets) > 1:
             shared = list(overlaps(tickets))

@@ -43,6 +43,7 @@ from prune import dense_masks, density, prune_magnitude
 from studies.common import (Study, add_run_flag, fit, open_run, over_seeds,
                             overlap, ticket_masks)
 from support import charts, cli
+from support.words import seeds_of
 
 SHARES = 0.0, 0.05, 0.2, 0.5  # of the steps
 ALPHAS = np.linspace(0, 1, 11)
@@ -219,7 +220,7 @@ def main(argv=None):
                            density=left, paths=ways, two_seeds=strangers)
                 print(f"seed {seed}, k={k}: done", flush=True)
         note = (f"{exp.args.dataset}, {exp.args.steps:,} steps, tickets at "
-                f"{100 * left:.1f} % of the weights, seeds {seeds}.")
+                f"{100 * left:.1f} % of the weights, {seeds_of(seeds)}.")
         draw(table, paths, strangers, path, note)
     print(f"\n{charts.text_table(list(row), cells)}\n")
     print(f"{conclude(table, strangers)}\n{path}*")

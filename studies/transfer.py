@@ -40,6 +40,7 @@ from prune import density, random_masks
 from studies.common import (SMALL, Study, checkpoint, fit, open_run,
                             over_seeds, overlap, ticket_masks)
 from support import charts, cli
+from support.words import seeds_of
 from unet import PRESETS, Downsample, ResBlock
 
 FIGURES = "sparsity", "steps", "fid_domain", "val_loss", "n_samples"
@@ -252,11 +253,11 @@ def finish(table, path, title):
         print(conclude(way, fids))
     ticks = [name.replace(" ", "\n") for name in networks]
     n = " or ".join(cli.once(f"{row.n_samples:,}" for row in table))
-    seeds = ", ".join(cli.once(str(row.seed) for row in table))
+    seeds = seeds_of(cli.once(row.seed for row in table))
     charts.line_chart(
         series, path + ".png", title, "", "fid_domain (lower is better)",
         x_ticks=[*enumerate(ticks)],
-        note=f"FID from {n} samples; seeds {seeds}. Compare marks of one shape.")
+        note=f"FID from {n} samples; {seeds}. Compare marks of one shape.")
     print(f"{path}.csv, .json, .png")
 
 

@@ -5,9 +5,10 @@
     charts.line_chart([curve], "quality.png", "Quality", "weights pruned (%)", "fid_domain")
     print(charts.text_table(["arm", "fid_domain"], [["dense", 4.9], ["ticket", 4.8]]))
 
-Every figure is written as a PNG, whole or not at all. Lengths are in units: in the file, a unit is
-SHRINK pixels.
+Every figure is written as a PNG or GIF, whole or not at all. Lengths are in units: in the file, a
+unit is SHRINK pixels.
 """
+import io
 import math
 from dataclasses import dataclass
 from itertools import chain, cycle
@@ -337,6 +338,96 @@ def sample_rows(rows, path, title, note=""):
     page.save(path, photographs=True)
 
 
+def animation(blocks, labels, path, title, note="", limit=2_000_000):
+    """Draw blocks of images side by side that change from frame to frame, as a GIF that pauses at
+    its end; the bar below the title shows how far it is.
+
+    blocks: (label, uint8 [frames, n, 1 or 3, H, W]) of each block; labels: a text per frame. limit:
+    bytes; where they are exceeded, the colours are halved, then every second frame is left out.
+    """
+    stills = [_still(blocks, k, f"{title}: {text}", note, k / max(1, len(labels) - 1))
+              for k, text in enumerate(labels)]
+    grey = all(frames.shape[2] == 1 for _, frames in blocks)
+    for colours, skip in (128, 1), (64, 1), (32, 1), (32, 2), (16, 4):
+        content = _gif([*stills[:-1:skip], stills[-1]], colours, grey)
+        if len(content) <= limit:
+            break
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
+
+
+def _still(blocks, frame, title, note, share):
+    """A frame of animation() as a Pillow image; share: of the bar, 0 to 1."""
+    across = math.ceil(math.sqrt(blocks[0][1].shape[1]))  # tiles in a row of a block
+    n, _, high, wide = blocks[0][1].shape[1:]
+    zoom = max(1, min(84, (2 * WIDTH - 80) // (len(blocks) * across) - 12) // wide)
+    step_x, step_y = wide * zoom / SHRINK + 2, high * zoom / SHRINK + 2
+    room = max(across * step_x, _size(*(label for label, _ in blocks), size=13)[0]) + 14
+    head = _size(*(label for label, _ in blocks), size=13)[1] + 20
+    width = max(360, 26 + len(blocks) * room)
+    page = _Page(width, head + math.ceil(n / across) * step_y, title, note)
+    page.line([(20, page.top), (width - 20, page.top)], RULE, 3)
+    page.line([(20, page.top), (20 + share * (width - 40), page.top)], PALETTE[0], 3)
+    for k, (label, frames) in enumerate(blocks):
+        left, top = 20 + k * room, page.top + head
+        page.text(left, page.top + 9, label, 13, anchor="lt")
+        for i, image in enumerate(frames[frame]):
+            spot = left + i % across * step_x, top + i // across * step_y
+            tile = _picture(image, zoom * DRAW // SHRINK)
+            page.image.paste(tile, tuple(int(v * DRAW) for v in spot))
+    return page.image.reduce(DRAW // SHRINK)
+
+
+def _gif(images, colours, grey, pause=2500, each=90):
+    """The bytes of a GIF that repeats; one palette for all frames, without dithering, so that what
+    is still stays still and flat areas stay flat. pause, each: milliseconds."""
+    palette = _palette((images[0], images[2 * len(images) // 3], images[-1]), colours, grey)
+    flat = [_flat(image, palette, colours, grey) for image in images]
+    content, times = io.BytesIO(), [700] + [each] * (len(flat) - 2) + [pause]
+    flat[0].save(content, "GIF", save_all=True, append_images=flat[1:], duration=times[-len(flat):],
+                 loop=0, optimize=False)
+    return content.getvalue()
+
+
+def _palette(images, colours, grey):
+    """A Pillow image with a palette for images: white, the accent, and even steps of grey, or the
+    colours that the images need."""
+    found = np.linspace(0, 255, colours - 2).round().astype(int).repeat(3).tolist()
+    if not grey:
+        sheet = Image.new("RGB", (images[0].width, len(images) * images[0].height))
+        for k, image in enumerate(images):
+            sheet.paste(image, (0, k * image.height))
+        found = sheet.quantize(colours - 2).getpalette()[:3 * (colours - 2)]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*found, *ImageColor.getrgb(PALETTE[0]), 255, 255, 255])
+    return palette
+
+
+def _flat(image, palette, colours, grey):
+    """The image in a palette of _palette(). Pillow takes a colour near by, not the nearest: white
+    would be tinted, and even areas of grey would be speckled."""
+    pixels = np.asarray(image)
+    index = np.array(image.quantize(palette=palette, dither=Image.Dither.NONE))
+    if grey:
+        index = (pixels[..., 0] / 255 * (colours - 3)).round().astype(np.uint8)
+    exact = ImageColor.getrgb(PALETTE[0]), (255, 255, 255)
+    for place, colour in enumerate(exact, colours - 2):
+        index[(pixels == colour).all(2)] = place
+    found = Image.fromarray(index)
+    found.putpalette(palette.getpalette())
+    return found
+
+
+def last_frame(path):
+    """The last frame of a GIF, as the bytes of a PNG."""
+    content = io.BytesIO()
+    with Image.open(path) as image:
+        image.seek(image.n_frames - 1)
+        still = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    still.save(content, "PNG", optimize=True)
+    return content.getvalue()
+
+
 def heat_map(matrix, row_labels, col_labels, path, title, note="",
              log=False, x_label="", bar_label="", marked=()):
     """Draw a matrix as coloured cells, with the values in them where they fit.
@@ -415,7 +506,7 @@ def _as_text(value):
     return f"{value:.4g}" if number else str(value)
 
 
-def _columns(header, rows):
+def typed_columns(header, rows):
     """Yield the name and texts of each column, and whether they are numbers, such as "35.7M"."""
     table = [[_as_text(value) for value in row] for row in rows]
     for k, name in enumerate(header):
@@ -431,7 +522,7 @@ def text_table(header, rows):
     digits; None and NaN become "-".
     """
     columns = []
-    for name, texts, numbers in _columns(header, rows):
+    for name, texts, numbers in typed_columns(header, rows):
         width = max(map(len, [name, *texts]))
         align = str.rjust if numbers else str.ljust
         column = name, "-" * width, *texts
@@ -442,7 +533,7 @@ def text_table(header, rows):
 def markdown_table(header, rows):
     """Return a table as GitHub Markdown; the arguments are those of text_table()."""
     columns = []
-    for name, texts, numbers in _columns(header, rows):
+    for name, texts, numbers in typed_columns(header, rows):
         column = name, "---:" if numbers else "---", *texts
         columns.append([text.replace("|", "\\|") for text in column])
     lines = [f"| {' | '.join(row)} |" for row in zip(*columns)]

@@ -59,16 +59,18 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line(parser, out=None):
-    """End whatever a user can mend in one line and an exit code.
+    """End whatever a user can mend in one line and an exit code; bars in a log become lines.
 
     2: a mistake. 1: a run that diverged or did not fit into memory. 130: Ctrl-C.
     out: the folder that keeps finished work, for a run that can be resumed.
     """
+    from support import screen  # here, so that this file alone will do for the flags
     if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a character must not end a run
         sys.stdout.reconfigure(errors="replace")
     kept = f" Finished work is kept in {out}." if out else ""
     try:
-        yield
+        with screen.lines():
+            yield
     except BrokenPipeError:  # the reader of `| head` has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         again = " The same command goes on from here." if out else ""

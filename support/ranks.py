@@ -72,7 +72,7 @@ def share(function, items, label=None):
     """[function(item) for item in items], each rank computing its share and having the whole."""
     rank, world = ranks()
     mine = items[rank::world]
-    bar = tqdm(mine, desc=label, unit="batch", leave=False, delay=2, mininterval=0.5,
+    bar = tqdm(mine, desc=label, unit="batch", leave=False, mininterval=0.5,
                disable=True if rank or label is None else None)
     done = gather([function(item) for item in bar])
     return [done[i % world][i // world] for i in range(len(items))]

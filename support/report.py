@@ -6,9 +6,10 @@ import time
 import numpy as np
 import torch
 
-from support import charts, classifier, cli, own, ranks, runs
+from support import charts, classifier, cli, own, page, ranks, runs
 from support.claims import HELPER
 from support.verdict import verdicts
+from support.words import ARMS, QUALITY, clock, counted, legend, seeds_of
 
 COLUMNS = """seed round arm sparsity live_weights total_weights layers_at_minimum
     fid_domain precision_domain recall_domain classes_domain mean_pixel
@@ -16,25 +17,10 @@ COLUMNS = """seed round arm sparsity live_weights total_weights layers_at_minimu
     val_loss val_loss_t0 val_loss_t1 val_loss_t2 val_loss_t3 val_loss_t4 train_loss
     steps train_steps_total train_macs_total macs_dense macs_live ticket_bytes train_seconds
     seconds_per_1000 train_memory sample_memory""".split()
-# column -> its name in the table at the end
-QUALITY = dict(fid_domain="fid_domain", precision_domain="prec.", recall_domain="recall",
-               classes_domain="classes", mean_pixel="pixel", fid="fid", kid="kid",
-               inception_score="IS", precision="prec. (I)", recall="recall (I)")
 FROM_START = "dense", "reinit", "small"  # arms that train from step 0
 FORMS = dict(val_loss="{:.4f}", kid="{:.4f}", mean_pixel="{:.1f}")
-ARMS = dict(ticket="ticket", reinit="reinit (same mask, new init)",
-            random="random mask", finetune="fine-tuned", small="narrower, dense",
-            transform="transformed, not pruned", probe="other data order")
-
-
-def clock(seconds):
-    """45 s, 3 min, 1 h 05 min."""
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{max(1, round(seconds))} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
-
-
+FAR = 4  # times the fid_domain of real images: from here on a network counts as undertrained
+FRAMES, NOISES = 28, 4  # of the animation: pictures in time, starting noises
 SAME = "experiment", "data_hash", "classifier_hash", "threads"  # may not change in a folder
 
 
@@ -66,11 +52,19 @@ def begin(exp, plan, method, margin, free, reasons, train, denoiser):
     announce(exp, done, reasons)
 
 
-def end(exp, sizes, margin):
-    """After the last: the pictures, and the table with its verdicts. sizes: {layer: weights}."""
+def end(exp, sizes, margin, to_uint8):
+    """After the last: the pictures, the table with its verdicts, and the page that holds them all.
+    sizes: {layer: weights}; to_uint8: of ddpm, makes images of the sampler's x."""
     if ranks.first() and HELPER not in os.environ:
-        draw_run(exp, sizes)
-        write_table(exp, margin)
+        draw_run(exp, sizes, to_uint8)
+        header, table, said = write_table(exp, margin)
+        path = page.write(exp, rows_of(exp), header, table, said)
+        print(f"\nPictures and tables: {exp.args.out}/; the page to read or hand in: {path}")
+
+
+def rows_of(exp):
+    """{job: row} of the training runs planned, in their order."""
+    return {job: exp.rows[job] for job in exp.planned}
 
 
 def announce(exp, done, reasons):
@@ -84,7 +78,7 @@ def announce(exp, done, reasons):
         real=f"fid_domain of {n:,} real test images: {exp.reference['fid_domain']:.2f}",
         fid=exp.why_inception,
         model=f"U-Net {a.preset}: {sum(p.numel() for p in model.parameters()):,} parameters",
-        plan=f"seed{'s' * (len(a.seeds) > 1)} {', '.join(map(str, a.seeds))}; {a.rounds} rounds "
+        plan=f"{seeds_of(a.seeds)}; {counted(a.rounds, 'round')} "
              f"of {100 * a.prune_rate:.1f} %, to {sparsity:.1f} % sparsity; {a.scope} ranking; "
              f"back to step {exp.k:,} of {a.steps:,}",
         jobs=f"{len(exp.planned)} training runs, {len(done)} of them done"
@@ -111,9 +105,10 @@ def progress(exp, job):
     left = [other for other in planned if not os.path.exists(other.path(out))]
     togo = f" | about {clock(seconds_of(exp, left))} to go" if left and exp.cost[0] else ""
     number = f"{len(planned) - len(left)}/{len(planned)}"
-    print(f"[{number}] {job}: {100 * row['sparsity']:.1f} % pruned, {row['live_weights']:,} "
-          f"live | fid_domain {row['fid_domain']:.2f} "
-          f"(n={row['n_samples']:,} samples) | val_loss {row['val_loss']:.4f} | train "
+    print(f"[{number}] seed {job.seed} round {job.round} {ARMS[job.arm]}: "
+          f"{100 * row['sparsity']:.1f} % pruned, {row['live_weights']:,} live weights | "
+          f"fid_domain {row['fid_domain']:.2f} ({row['n_samples']:,} samples) | "
+          f"val_loss {row['val_loss']:.4f} | train "
           f"{row['train_seconds']:.0f} s{togo}", flush=True)
 
 
@@ -131,7 +126,7 @@ def summarise(rows, reference, n):
     table = []
     for (number, arm), group in groups.items():
         one = group[0]
-        line = [number, arm, f"{100 * one['sparsity']:.1f} %", f"{one['live_weights']:,}",
+        line = [number, ARMS[arm], f"{100 * one['sparsity']:.1f} %", f"{one['live_weights']:,}",
                 len(group), *(spread(group, name) for name in shown)]
         seconds = (np.mean([row[name] for row in group])
                    for name in ("train_seconds", "seconds_per_1000"))
@@ -142,7 +137,7 @@ def summarise(rows, reference, n):
               "s/1000"]
     scores = [FORMS.get(name, "{:.2f}").format(reference[name]) if name in reference else ""
               for name in shown]
-    return header, [*table, ["", "real images", f"n={n:,}", "", "", *scores, *[""] * 4]]
+    return header, [*table, ["", "real images", f"{n:,} images", "", "", *scores, *[""] * 4]]
 
 
 def spread(group, name):
@@ -160,29 +155,47 @@ def arms_of(rows, number, metric="fid_domain"):
 
 
 def conclude(args, rows, found, reference):
-    """The figures and the verdict of each control round by each metric, and where metrics disagree;
-    found: {metric: {round: Verdict}}."""
+    """The figures and the verdict of each control round by each metric, a line each with what was
+    and was not shown below it; where metrics disagree; what to keep in mind. found: {metric:
+    {round: Verdict}}."""
     said = []
     for metric, by_round in found.items():
-        real = f" (real images {reference[metric]:.1f})" if metric in reference else ""
         for number, verdict in by_round.items():
             arms = arms_of(rows, number, metric)
             if all(arms.values()):
-                form = FORMS.get(metric, "{:.1f}").format
-                figures = ", ".join(f"{arm} {form(np.mean(list(values.values())))}"
-                                    for arm, values in arms.items())
-                said.append(f"At {sparsity_of(rows, number)} sparsity {metric} is {figures}{real}; "
-                            f"{verdict}.")
+                figures = figures_of(arms, metric, reference)
+                said.append(f"At {sparsity_of(rows, number)} sparsity, {metric}: {figures}: "
+                            f"{verdict.answer}.")
+                said += [f"    {line}." for line in verdict.details]
     for number in next(iter(found.values())):
         answers = {metric: by_round[number].winning for metric, by_round in found.items()}
         if set(answers.values()) == {True, False}:
             won = [metric for metric, winning in answers.items() if winning]
             said.append(f"At {sparsity_of(rows, number)} the metrics DISAGREE: winning by "
                         f"{won[0]} alone.")
+    return "\n".join([*said, *remarks(args, rows, reference)])
+
+
+def figures_of(arms, metric, reference):
+    """dense 8.7, ticket 10.5, .. (real images 0.7): means over seeds of arms_of()."""
+    form = FORMS.get(metric, "{:.1f}").format
+    means = {ARMS[arm]: np.mean(list(values.values())) for arm, values in arms.items()}
+    figures = ", ".join(f"{name} {form(mean)}" for name, mean in means.items())
+    real = f" (real images {form(reference[metric])})" if metric in reference else ""
+    return figures + real
+
+
+def remarks(args, rows, reference):
+    """What holds for the whole table. FID is a squared distance: at FAR = 4 times the figure of
+    real images, samples are twice as far from the training images as real ones are."""
+    dense = [row["fid_domain"] for row in rows.values() if row["arm"] == "dense"]
+    mean, real = np.mean(dense), reference["fid_domain"]
+    if mean > FAR * real:
+        yield (f"The dense network is undertrained: fid_domain {mean:.1f}, real images {real:.1f}. "
+               "Compare arms, not absolute values.")
     if args.samples < 10_000:
-        said.append(f"FID from {args.samples:,} samples: not comparable with papers, only within "
-                    "this table.")
-    return "\n".join(said)
+        yield (f"FID from {args.samples:,} samples: not comparable with papers, only within this "
+               "table.")
 
 
 def sparsity_of(rows, number):
@@ -193,17 +206,30 @@ def sparsity_of(rows, number):
 
 
 def write_table(exp, margin):
-    """Write results.csv and table.md; print the table and the verdict at this margin."""
-    a, n, rows = exp.args, len(exp.real), {job: exp.rows[job] for job in exp.planned}
+    """Write results.csv and table.md; print the table, its legend and the verdict at this margin
+    -> (header, table, what was said)."""
+    a, n, rows = exp.args, len(exp.real), rows_of(exp)
     compared = a.control_rounds if {"reinit", "random"} <= set(a.controls) else ()
     found = {metric: verdicts({r: arms_of(rows, r, metric) for r in compared}, margin=margin,
                               metric=metric) for metric in ("fid_domain", "val_loss")}
     write_results(a.out, exp.planned, rows)
     header, table = summarise(rows, exp.reference, n)
     said = conclude(a, rows, found, exp.reference)
-    markdown = charts.markdown_table(header, table)
-    runs.write_text(os.path.join(a.out, "table.md"), f"{markdown}\n\n{said}")
-    print(f"\n{charts.text_table(header, table)}\n\n{said}\n\nPictures and tables: {a.out}/")
+    explained = legend(header)
+    wide = max(len(name) for name, _ in explained)
+    lines = "\n".join(f"{name:<{wide}}  {text}" for name, text in explained)
+    runs.write_text(os.path.join(a.out, "table.md"), in_markdown(header, table, said, explained))
+    print(f"\n{charts.text_table(header, table)}\n\n{lines}\n\n{said}")
+    return header, table, said
+
+
+def in_markdown(header, table, said, explained):
+    """table.md: the table, what was said as a list, indented lines below theirs, and the legend."""
+    lines = [line.replace("    ", "    - ", 1) if line.startswith(" ") else f"- {line}"
+             for line in said.split("\n")]
+    columns = [f"- {name}: {text}" for name, text in explained]
+    blocks = [charts.markdown_table(header, table)], lines, ["The columns:", "", *columns]
+    return "\n\n".join("\n".join(block) for block in blocks)
 
 
 def measure_speed(exp, model, train, predict, batch=256, repeats=5):
@@ -228,30 +254,67 @@ def seconds_of(exp, jobs):
 
 # --------------------------------------------------------------------------- pictures
 
-def draw_run(exp, sizes):
-    """The pictures of a run: samples, quality, layers, losses. sizes: {layer: its weights}."""
-    a, rows = exp.args, {job: exp.rows[job] for job in exp.planned}
+def draw_run(exp, sizes, to_uint8):
+    """The pictures of a run: samples, quality, layers, losses, and the animation of sampling.
+    sizes: {layer: its weights}; to_uint8: of ddpm."""
+    a, rows = exp.args, rows_of(exp)
     states = {job: runs.load_state(job.path(a.out)) for job in rows if job.seed == a.seeds[0]}
-    note = (f"{a.dataset}, U-Net {a.preset}, {a.steps:,} steps of {a.batch}, back to step {exp.k}; "
-            f"{a.sampler} with {a.nfe} network evaluations; n={a.samples:,} samples; seeds "
-            f"{', '.join(map(str, a.seeds))}.")
+    note = (f"{a.dataset}, U-Net {a.preset}, {a.steps:,} steps of {a.batch}, back to step "
+            f"{exp.k:,}; {a.sampler} with {a.nfe} network evaluations; {a.samples:,} samples; "
+            f"{seeds_of(a.seeds)}.")
     draw_sample_rows(a, rows, states, note)
     draw_quality(a, rows, exp.reference, len(exp.real), note)
     draw_layers(a, rows, states, sizes, note)
     draw_losses(a, rows, states, note)
+    draw_denoising(exp, states, to_uint8, note)
 
 
 def draw_sample_rows(args, rows, states, note):
     """A row of samples per network; columns share the starting noise."""
     tiles = []
     for job, state in states.items():
-        label = (f"{job.arm}\n{100 * rows[job]['sparsity']:.1f} % pruned\n"
-                 f"fid {rows[job]['fid_domain']:.1f}")
+        label = (f"{ARMS[job.arm]}\n{100 * rows[job]['sparsity']:.1f} % pruned\n"
+                 f"fid_domain {rows[job]['fid_domain']:.1f}")
         tiles.append((label, state["pictures"][:12]))
     charts.sample_rows(tiles, os.path.join(args.out, "samples_by_sparsity.png"),
                        "The same starting noise at every sparsity",
-                       f"Each column starts from the same noise. fid: fid_domain. Seed "
-                       f"{args.seeds[0]}. {note}")
+                       f"Each column starts from the same noise. Seed {args.seeds[0]}. {note}")
+
+
+def draw_denoising(exp, states, to_uint8, note):
+    """From noise to image: the networks of the last round of the first seed beside the dense one,
+    from the same starting noise, as a GIF."""
+    last = max(job.round for job in states)
+    shown = [job for job in states if job.arm == "dense" or job.round == last]
+    x_T, blocks = exp.x_T(exp.args.samples, exp.args.seeds[0])[:NOISES], []
+    for job in shown:
+        model, _ = exp.rebuild(states[job], "ema")
+        label = f"{ARMS[job.arm]}\n{100 * exp.rows[job]['sparsity']:.1f} % pruned"
+        blocks.append((label, frames_of(exp, model, x_T, job.seed, to_uint8)))
+    # the sampler draws its noise by batch, and this is a smaller one
+    other = (" Sampler noise differs from that of samples_by_sparsity.png."
+             if exp.args.sampler == "ddpm" else "")
+    times = [f"{k} of {exp.args.nfe} evaluations" for k in moments(exp.args.nfe)]
+    charts.animation(blocks, times, os.path.join(exp.args.out, "denoising.gif"),
+                     "From noise to image", "The same starting noise for every network. Seed "
+                     f"{exp.args.seeds[0]}.{other} {note}")
+
+
+def moments(evaluations):
+    """After how many evaluations the frames of the animation are taken: 0 is noise. Later ones
+    lie closer together, for on most of the way there is little to see."""
+    left = np.linspace(1, 0, FRAMES) ** 1.5
+    return sorted({round(evaluations * (1 - share)) for share in left})
+
+
+def frames_of(exp, model, x_T, seed, to_uint8):
+    """uint8 [frames, n, C, H, W]: what the run's sampler holds at moments(), on the way from the
+    noise x_T [n, C, H, W] to images; decoded where the run's images are."""
+    states = []
+    model.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0].clone()))
+    images = exp.draw(model, seed, x_T=x_T, share=None)  # rank 0 alone draws
+    held = [(exp.decode or to_uint8)(states[k]).cpu() for k in moments(exp.args.nfe)[:-1]]
+    return torch.stack([*held, images]).numpy()
 
 
 def draw_losses(args, rows, states, note):
@@ -262,7 +325,8 @@ def draw_losses(args, rows, states, note):
             steps, losses = zip(*state["losses"])
             style = "solid" if job.arm in ("dense", "ticket") else "dashed"
             kept = 100 * (1 - rows[job]["sparsity"])
-            series.append(dict(label=f"{job.arm} {kept:.0f} %", x=steps, y=losses, style=style))
+            label = f"{ARMS[job.arm]} {kept:.0f} %"
+            series.append(dict(label=label, x=steps, y=losses, style=style))
     charts.line_chart(series, os.path.join(args.out, "losses.png"), "Training loss", "step",
                       f"mean squared error on {args.prediction}", log_y=True,
                       note="Percentages: weights kept. Means over 1 % of the steps. Seed "
@@ -302,7 +366,7 @@ def draw_quality(args, rows, reference, n, note):
               (f"real: {n:,} test images", reference["fid_domain"], "dotted")]
     series = []
     for arm, label in ARMS.items():
-        if by_round := values_of(arm):
+        if arm != "dense" and (by_round := values_of(arm)):
             groups = list(by_round.values())
             means, seeds = [np.mean(group) for group in groups], max(map(len, groups))
             error = [np.std(group, ddof=1) if len(group) > 1 else np.nan for group in groups]

@@ -36,12 +36,12 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # the reposi
 FORMAT = 4  # of state files; a file of another version is refused
 # Names that atomic() gives to files which it has not finished, of files that a run makes.
 UNFINISHED = re.compile(
-    r"(config\.json|results\.csv|table\.md|model(\.partial)?\.pt"
+    r"(config\.json|results\.csv|table\.md|report\.html|denoising\.gif|model(\.partial)?\.pt"
     r"|[a-z_]+\.png|round\d{2,}_[a-z]+(\.partial|\.step_k)?\.(pt|ticket))\.[0-9a-f]{16}\.part")
 # What a run writes: other people's files of these names are not overwritten.
 WRITTEN = re.compile(
     r"results\.csv|table\.md|log\.jsonl|model(\.partial)?\.pt|samples(_by_sparsity)?\.png"
-    r"|(quality_vs_sparsity|layers|losses)\.png"
+    r"|(quality_vs_sparsity|layers|losses)\.png|denoising\.gif|report\.html"
     r"|round\d{2,}_[a-z]+(\.partial|\.step_k)?\.(pt|ticket)")
 # Flags that a dense network does not depend on.
 PRUNING = ("rounds prune_rate final_sparsity scope score controls control_rounds dense_from demo "

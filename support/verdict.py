@@ -5,12 +5,14 @@ import math
 import numpy as np
 from scipy import optimize, stats
 
+from support.words import ARMS, counted
+
 POWER = 0.8  # at which "not shown" says what would have been
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What n seeds show of one sparsity; str(verdict) is the sentence to print.
+    """What n seeds show of one sparsity; str(verdict): .answer and .details in one sentence.
 
     tests: {comparison: one-sided p}; p: the largest; p_holm: adjusted over sparsities. gaps:
     {comparison: the true gap that such a test finds with power POWER}. effects: {arm: (mean of
@@ -32,19 +34,29 @@ class Verdict:
         p = self.p if self.p_holm is None else self.p_holm
         return None if p is None else p < self.alpha
 
-    def __str__(self):
+    @property
+    def answer(self):
+        """What is shown, in a few words."""
+        n = counted(self.n, "seed")
         if self.winning is None:
-            few = " (it needs 3 seeds)" if self.n < 3 else ""
-            return f"n={self.n}, no verdict{few}{self.why}"
+            few = "; it needs 3" if self.n < 3 else ""
+            return f"no verdict ({n}{few}{self.why})"
         said = "winning" if self.winning else "not shown to win"
         adjusted = "" if self.p_holm is None else f", Holm {self.p_holm:.3g}"
-        effects = ", ".join(f"ticket - {arm} {mean:+.4g} [{low:+.4g}, {high:+.4g}]"
-                            for arm, (mean, low, high) in self.effects.items())
-        failed = ", ".join(f"{test} (p={p:.3g}; needs a gap of {self.gaps[test]:.3g})"
-                           for test, p in self.tests.items() if not p < self.alpha)
-        power = f" for a power of {POWER:.0%} at this spread" if failed else ""
-        return (f"{said}: n={self.n} seeds, {self.metric}, p={self.p:.3g}{adjusted}; {effects} at "
-                f"{100 - 200 * self.alpha:.0f} %{failed and '; not shown: ' + failed}{power}")
+        return f"{said} ({n}, p={self.p:.3g}{adjusted})"
+
+    @property
+    def details(self):
+        """Sentences: the differences with their intervals, and what was not shown."""
+        level = f"{100 - 200 * self.alpha:.0f} % interval"
+        said = [f"ticket - {ARMS[arm]}: {mean:+.4g}, {level} [{low:+.4g}, {high:+.4g}]"
+                for arm, (mean, low, high) in self.effects.items()]
+        return said + [f"not shown: {test} (p={p:.3g}; needs a gap of {self.gaps[test]:.3g} for a "
+                       f"power of {POWER:.0%} at this spread)"
+                       for test, p in self.tests.items() if not p < self.alpha]
+
+    def __str__(self):
+        return "; ".join([self.answer, *self.details])
 
 
 def verdict(table, margin=0.10, alpha=0.05, metric="fid_domain"):
@@ -66,11 +78,12 @@ def verdict(table, margin=0.10, alpha=0.05, metric="fid_domain"):
     broken = [name for name, row in zip(names, values) if not np.isfinite(row).all()]
     known = dict(n=len(seeds), metric=metric, margin=margin, alpha=alpha)
     if len(seeds) < 3 or broken:  # leaving a diverged run out would flatter its arm
-        why = f": {', '.join(broken)} not finite" if broken else ""
+        why = f"; {', '.join(ARMS[name] for name in broken)} not finite" if broken else ""
         return Verdict(**known, tests={}, effects={}, why=why)
     dense, ticket, reinit, random = values
     gaps = {f"within {100 * margin:g} % of dense": ticket - (1 + margin) * dense,
-            "better than reinit": ticket - reinit, "better than random": ticket - random}
+            "better than reinit": ticket - reinit,
+            "better than random mask": ticket - random}
     tests = {name: t_test(gap, alpha)[0] for name, gap in gaps.items()}
     least = detectable(len(seeds), alpha)
     found = {name: least * float(gap.std(ddof=1)) for name, gap in gaps.items()}

@@ -30,13 +30,13 @@ def test_without_spread_the_sign_decides(value, p):
 def test_verdict():
     good = verdict(table((10.1, 11.0, 12.1)))
     assert good.winning and good.n == 3 and good.p == max(good.tests.values()) < 0.05
-    assert str(good).startswith("winning: n=3")
+    assert str(good).startswith("winning (3 seeds, p=")
     mean, low, high = good.effects["reinit"]
     assert low < mean < high < 0
     # each of the three conditions can fail alone
     for bad, word in ((table((13, 14, 15.2), (24, 25, 26.5), (30, 31, 29)), "dense"),
                       (table((10.1, 11, 12.1), reinit=(10, 11.2, 12)), "reinit"),
-                      (table((10.1, 11, 12.1), random=(10, 11.2, 12)), "random")):
+                      (table((10.1, 11, 12.1), random=(10, 11.2, 12)), "random mask")):
         found = verdict(bad)
         failed = [test for test, p in found.tests.items() if p >= 0.05]
         assert found.winning is False and len(failed) == 1 and failed[0].endswith(word)
@@ -61,7 +61,7 @@ def test_not_shown_says_what_would_have_been_found():
     found = verdict(table((10.1, 11, 12.1), reinit=(10, 11.2, 12)))
     gap = effect * np.std(np.array([10.1, 11, 12.1]) - [10, 11.2, 12], ddof=1)
     assert found.gaps["better than reinit"] == pytest.approx(gap)
-    assert f"better than reinit (p={found.tests['better than reinit']:.3g}; needs a gap of {gap:.3g})" in str(found)
+    assert f"better than reinit (p={found.tests['better than reinit']:.3g}; needs a gap of {gap:.3g} for" in str(found)
     assert "power of 80%" in str(found) and "needs" not in str(verdict(table((10.1, 11.0, 12.1))))
 
 
@@ -77,7 +77,7 @@ def test_verdict_is_paired_by_seed():
 
 def test_no_verdict():
     two = {arm: {0: v[0], 1: v[1]} for arm, v in table((10, 11, 12)).items()}
-    assert str(verdict(two)) == "n=2, no verdict (it needs 3 seeds)" and verdict(two).winning is None
+    assert str(verdict(two)) == "no verdict (2 seeds; it needs 3)" and verdict(two).winning is None
     diverged = verdict(table((10, 11, math.nan)))
     assert diverged.winning is None and "ticket" in str(diverged)
     with pytest.raises(ValueError, match="random"):

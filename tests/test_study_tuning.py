@@ -33,7 +33,7 @@ def test_tuning(quick, tmp_path, capsys):
     folders = ["--runs", str(tmp_path), "--out", str(tmp_path)]
     tuning.main(["--settings", "3", "--half", *folders, *SMALL])
     said = capsys.readouterr().out
-    assert said[said.rindex("Of 3 settings"):].count("n=1, no verdict") == 3
+    assert said[said.rindex("Of 3 settings"):].count("no verdict (1 seed; it needs 3)") == 3
     search, tickets = table_in(tmp_path)
     assert {row["setting"] for row in search} == {"default", "draw 1", "draw 2"}
     assert all(int(row["steps"]) * int(row["batch"]) == 8 * 8 for row in search)  # as many images
