@@ -343,12 +343,12 @@ def test_lines_are_for_logs_alone_and_one_line_puts_them_there(monkeypatch):
 
 def test_a_run_in_a_log_tells_of_training_and_of_sampling(tmp_path):
     """As a program of its own, with the lines closer together."""
-    code = ("import sys; from support import screen; screen.EVERY = 0.2; "
-            "screen.Lines.__init__.__defaults__ = (0.2,); import lth_diffusion; lth_diffusion.main()")
-    argv = "--rounds 1 --controls --steps 150 --batch 16 --samples 512 --nfe 10 --out".split()
+    code = ("import sys; from support import screen; screen.EVERY = 0.05; "
+            "screen.Lines.__init__.__defaults__ = (0.05,); import lth_diffusion; lth_diffusion.main()")
+    argv = "--rounds 1 --controls --steps 20 --batch 8 --samples 256 --nfe 4 --out".split()
     done = subprocess.run([sys.executable, "-c", code, *argv, str(tmp_path / "run")], text=True,
                           capture_output=True, timeout=300, cwd=report.runs.HERE)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^seed 0 round 0 dense: +\d+% \d+/150 ", done.stderr, re.M), done.stderr
-    assert re.search(r"^seed 0 round \d \w+: sample: +\d+% \d/4 ", done.stderr, re.M), done.stderr
+    assert re.search(r"^seed 0 round 0 dense: +\d+% \d+/20 ", done.stderr, re.M), done.stderr
+    assert re.search(r"^seed 0 round \d \w+: sample: +\d+% \d/2 ", done.stderr, re.M), done.stderr
     assert "\r" not in done.stderr
