@@ -326,7 +326,8 @@ def defaults(args):
     """The flags of lth_diffusion.py as they are when only the data set and preset are given."""
     parser = argparse.ArgumentParser()
     cli.add_training_flags(parser, [args.preset])
-    cli.add_pruning_flags(parser, None)
-    plain = parser.parse_args(["--dataset", args.dataset])
+    cli.add_pruning_flags(parser, None, [args.score])
+    given = ["--images", args.images] if args.images else ["--dataset", args.dataset]
+    plain = parser.parse_args(given)
     cli.complete(plain)
     return plain

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 import time
 
 import numpy as np
@@ -161,9 +162,13 @@ def test_every_kind_of_run_has_a_page_and_pictures(tmp_path, module, flags, name
     start = ["python", name] if name.endswith(".py") else ["python", "-m", name]
     assert again[:len(start)] == start
     told = []
+
+    def tell(args, *_, **__):
+        told.append(args)
+        return types.SimpleNamespace(rows={})
     with pytest.MonkeyPatch.context() as patch:  # the same method reads its own flags back
-        patch.setattr(lth, "run", lambda args, *_, **__: told.append(args))
-        patch.setattr(module, "run", lambda args, *_, **__: told.append(args), raising=False)
+        patch.setattr(lth, "run", tell)
+        patch.setattr(module, "run", tell, raising=False)
         module.main(again[len(start):])
         module.main(argv)
     assert told[0].precision in ("fp32", "bf16")
