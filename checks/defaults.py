@@ -34,7 +34,8 @@ from studies.common import Study, take_dense
 from support import charts, cli, runs
 
 SEEDS = 900, 901, 902
-SAMPLERS = {"ancestral 50": ("ddpm", 50), "DDIM 50": ("ddim", 50), "DPM++ 20": ("dpm", 20)}
+SAMPLERS = {"ancestral 50": ("ddpm", 50), "ancestral 25": ("ddpm", 25), "DDIM 50": ("ddim", 50),
+            "DPM++ 20": ("dpm", 20)}
 CUTS = 0.8, 0.5, 0.5  # of what lives, in a round: 80, 90 and 95 % sparsity
 SCORING = {"global": ("global", "magnitude"), "global, normalized": ("global", "normalized"),
            "global, LAMP": ("global", "lamp"), "layer": ("layer", "magnitude"),
