@@ -218,9 +218,22 @@ class Experiment:
         low = dict(start=self.k, lr=FINETUNE_LR * self.args.lr, lr_schedule="constant")
         return low | dict(state=rewind(model, masks, state))
 
-    def train(self, job, model, masks=None, state=None, *, hooks=None, after=(0, 0), each=None,
-              keep_step=None, **changed):
-        """Train `model` in place and measure it, or load the job's file if it exists -> Trained.
+    def train(self, job, model, masks=None, state=None, **options):
+        """What the job's file holds, after training (see fit) where there is none -> Trained, or
+        None where another process is at it."""
+        path, claims = job.path(self.args.out), self.claims
+        if not os.path.exists(path) and (not claims or claims.mine(job, job.arm in CONTROLS)):
+            self.fit(job, model, masks, state, **options)
+            report.progress(self, job)
+        if not os.path.exists(path):
+            return None
+        trained = self.load(job)
+        runs.remove(job.path(self.args.out, ".partial.pt"))  # only now is it not needed any more
+        return trained
+
+    def fit(self, job, model, masks=None, state=None, *, hooks=None, after=(0, 0), each=None,
+            keep_step=None, **changed):
+        """Train `model` in place, measure it, and write the job's files.
 
         state: what training goes on from; None: step 0. hooks(model, masks): the hooks of
         ddpm.train, if not those that keep masks. after: (steps, MACs) spent before. each(dense,
@@ -228,13 +241,6 @@ class Experiment:
         is kept, as checkpoint. changed: options of ddpm.train.
         """
         out, options = self.args.out, self.options(job, **changed)
-        path, partial = job.path(out), job.path(out, ".partial.pt")
-        if self.claims and not os.path.exists(path):
-            if not self.claims.mine(job, job.arm in CONTROLS):
-                return None  # another process does it
-        if os.path.exists(path):
-            runs.remove(partial)  # left by a process that was killed just before it came to that
-            return self.load(job)
         if masks is not None:
             apply_masks(model, masks)
 
@@ -245,6 +251,7 @@ class Experiment:
 
         def packed():
             return dict(masks=None if masks is None else pack_masks(masks))
+        partial = job.path(out, ".partial.pt")
         with runs.resumable(partial, self.guard, packed) as (saved, seconds), \
                 runs.PeakMemory(self.device) as memory, cli.training_memory():
             if saved and saved["masks"] is not None:
@@ -258,16 +265,11 @@ class Experiment:
                    steps=options["steps"] - (state["step"] if state else 0))
         masks = masks or dense_masks(model)
         pictures, row = self.measure(job, ema.model, masks, row, after, each)
-        runs.save_state(path, config=model.config, model=model.state_dict(), pictures=pictures,
-                        ema=ema.model.state_dict(), masks=pack_masks(masks), losses=losses, row=row,
-                        facts=self.facts(job))
+        self.rows[job] = row
+        runs.save_state(job.path(out), config=model.config, model=model.state_dict(), row=row,
+                        ema=ema.model.state_dict(), masks=pack_masks(masks), losses=losses,
+                        pictures=pictures, facts=self.facts(job))
         ranks.wait_for_all()
-        trained = self.load(job)
-        runs.remove(partial)
-        report.progress(self, job)
-        if self.claims:
-            self.claims.give(str(job))
-        return trained
 
     def load(self, job):
         """What a finished job ended with -> Trained; its row joins the table."""

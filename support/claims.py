@@ -34,7 +34,8 @@ class Claims:
     """
 
     def __init__(self, out):
-        self.folder, self.held, self.stopped = os.path.join(out, "claims"), {}, threading.Event()
+        self.out, self.folder = out, os.path.join(out, "claims")
+        self.held, self.stopped = {}, threading.Event()
         self.chains_only, self.owns_chain = False, True
         os.makedirs(self.folder, exist_ok=True)
         self.has_locks = runs.has_locks(out)
@@ -81,10 +82,15 @@ class Claims:
 
 
     def mine(self, job, is_control):
-        """Whether this process is to train a run now. Elsewhere for one of another's chain."""
+        """Whether this process is to train a run now. Elsewhere for one of another's chain.
+
+        A control that is claimed belongs to this process until it ends.
+        """
         if not is_control and not self.owns_chain:
             raise Elsewhere
-        return not is_control or (not self.chains_only and self.take(str(job)))
+        if is_control and (self.chains_only or not self.take(str(job))):
+            return False
+        return not os.path.exists(job.path(self.out))  # done between the look and the claim
 
 
 def work(find, exp, plan, parser):

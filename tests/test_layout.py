@@ -44,7 +44,9 @@ def imports(path, inside=True):
             assert node.level == 0, f"{name_of(path)}:{node.lineno}: a relative import"
             whole = node.module in FOLDERS
             found |= {f"{node.module}.{alias.name}" if whole else node.module for alias in node.names}
-        if inside or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        command = isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)  # as a program
+        function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if inside or not (function or command):
             pending += ast.iter_child_nodes(node)
     return {name for name in found if name.split(".")[0] in OURS}
 
