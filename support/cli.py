@@ -32,7 +32,7 @@ DEFAULTS = {
 PAPER = dict(prediction="eps", weighting="plain")  # of --preset paper: 2006.11239, section 3.2
 ROUNDS = {"digits": (2, 0.9)}  # where --rounds is not 10: (rounds, final sparsity)
 DEMO = dict(rounds=1, final_sparsity=0.8, controls=["reinit"], samples=200, out="runs/demo")
-SCORE = "magnitude"  # of --scope global
+SCORE = "normalized"  # of --scope global: |w| empties layers that start at zero (pilots, as above)
 RESCALED = "normalized", "lamp"  # scores that order a layer as magnitude does
 SAMPLERS = "ddpm", "ddim", "dpm"
 SAMPLE = 5  # bytes a pixel of a sample: its float32 noise and its uint8 result
