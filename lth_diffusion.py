@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before torch is imported
     from support import early
 
 import copy
-import functools
 import os
 import time
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from ddpm import Diffusion, as_input, denoiser, draw_samples, to_uint8, train
 from prune import (SCORES, apply_masks, at_minimum, dense_masks, least_kept, live_counts,
                    live_total, mask_hooks, pack_masks, prunable, prune_magnitude, random_masks,
                    rewind, save_ticket, unpack_masks)
-from support import claims, cli, data, ranks, report, runs
+from support import claims, cli, data, quality, ranks, report, runs
 from unet import PRESETS, UNet, narrower
 
 VAL_IMAGES = 2000  # held-out images behind val_loss, each with one fixed t and noise
@@ -153,38 +152,14 @@ class Experiment:
         (self.images, labels), (self.test, _) = data.splits(args)
         self.diffusion = Diffusion(1000, args.schedule, args.prediction, args.weighting)
         self.k = rewind_step(args)
-        self.real = metrics.random_draw(self.test, min(args.samples, len(self.test)))
         self.classifier = metrics.load_classifier(args.dataset, self.images, labels)
         self.hashes = dict(data_hash=data.hash_of(args, self.images, self.test),
                            classifier_hash=runs.weights_hash(self.classifier))
-        self.extractors, self.reference = {}, dict(mean_pixel=self.test.float().mean().item())
-        self.add_extractor("_domain", self.classifier, data.shares_of(labels))
-        self.why_inception = self.find_inception()
+        self.quality = quality.Quality(metrics, args, self.images, self.test)
+        self.real, self.reference = self.quality.real, self.quality.reference
+        self.quality.add("_domain", self.classifier, data.shares_of(labels))
+        self.why_inception = self.quality.find_inception(self.device)
         self.images = self.images.to(self.device)
-
-    def add_extractor(self, suffix, model, shares=None):
-        """Measure in this model's features: columns that end in suffix; what real images score."""
-        images, test, n = self.images, self.test, len(self.real)
-        moments = metrics.reference_statistics(model, images, self.args.dataset)
-        key = f"n{n}-{runs.images_hash(test)}-{runs.images_hash(images)}"
-        scores = runs.cached(f"real-2-{key}-{runs.weights_hash(model)}.pt", lambda:
-                             metrics.real_reference(model, moments, images, test, n, shares))
-        self.reference |= {column + suffix: value for column, value in scores.items()}
-        self.extractors[suffix] = model, moments, metrics.features(model, self.real), shares
-
-    def find_inception(self):
-        """Measure with Inception too, or say why its columns stay blank."""
-        a = self.args
-        if self.device.type == "cpu" and not a.inception:
-            return f"blank: {len(self.images):,} images take long on a CPU; see --inception"
-        try:
-            model = metrics.load_inception(a.inception, a.data_dir).to(self.device)
-        except OSError as error:
-            if a.inception:  # asked for by name: going on without it would hide the mistake
-                raise
-            return f"blank: {error}"
-        self.add_extractor("", model)
-        return f"Inception; real images score {self.reference['fid']:.2f}"
 
     def new_model(self, seed, **config):
         """A U-Net as the seed initialises it; the caller's random state is left alone."""
@@ -330,16 +305,6 @@ class Experiment:
         """The starting noise (n, C, H, W) that every network of a seed is sampled from."""
         generator = torch.Generator().manual_seed(X_T_SEED + seed)
         return torch.randn(n, *self.images.shape[1:], generator=generator)
-
-    def quality(self, samples):
-        """The quality columns of uint8 samples; the domain classifier's end in _domain."""
-        columns = dict(mean_pixel=samples.float().mean().item())
-        with cli.memory_for("measuring samples", "lower --samples"):
-            for suffix, (model, moments, real, shares) in self.extractors.items():
-                extract = functools.partial(ranks.share_rows, metrics.features)
-                found = metrics.quality(model, samples, real, moments, shares, extract)
-                columns |= {column + suffix: value for column, value in found.items()}
-        return columns
 
     def errors(self, model):
         """val_loss, the mean squared error on eps of held-out images, whatever the network

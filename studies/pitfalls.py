@@ -52,7 +52,7 @@ class Bench:
 
     def __init__(self, exp, seed):
         self.exp, self.seed, self.n = exp, seed, exp.args.samples
-        _, self.reference, self.real, _ = exp.extractors["_domain"]
+        _, self.reference, self.real, _ = exp.quality.extractors["_domain"]
         self.networks, self.samples, self.fids, self.features = {}, {}, {}, {}
         for arm in ARMS:
             job = job_of(exp, seed, arm)
