@@ -43,7 +43,8 @@ def begin(exp, plan, method, margin, free, reasons, train, denoiser):
     if ranks.first():
         with runs.one_at_a_time(a.out):  # another process may have begun meanwhile
             runs.check_config(a, free, method)
-            write_config(exp, method, margin)
+            if HELPER not in os.environ:  # the command is that of the process it helps
+                write_config(exp, method, margin)
     exp.planned = plan(a)
     done = {job for job in exp.planned if os.path.exists(job.path(a.out))}
     if len(done) < len(exp.planned):
