@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     patch.setattr(report, "draw_run", lambda *_: None)
     patch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
     flags = f"--steps 6 --batch 4 --nfe 4 --samples {N} --precision fp32".split()
-    lth.main([*flags, *"--rounds 1 --final-sparsity 0.9 --controls --seeds 3 --out".split(), str(root / "run")])
+    lth.main([*flags, *"--rounds 1 --final-sparsity 0.9 --score magnitude --controls --seeds 3 --out".split(), str(root / "run")])
     ddpm.main([*flags, "--out", str(root / "one")])
     patch.undo()
     return root
