@@ -367,8 +367,7 @@ def run(args, parser, find=find_tickets, plan=jobs, experiment=Experiment):
 
 
 def main(argv=None):
-    """The command line -> the rows of the table. Exit code 2 for a mistake, 1 for a diverged run,
-    130 for Ctrl-C."""
+    """The command line -> rows of the table; exit code 2: mistake, 1: diverged, 130: Ctrl-C."""
     return list(run(*parse_args(argv)).rows.values())
 
 

@@ -23,7 +23,6 @@ from tqdm import tqdm
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 INCEPTION_SHA = "6726825d"
-REAL_DRAWS = 5  # disjoint draws of test images behind the real-data reference
 progress = functools.partial(tqdm, leave=False, delay=2, mininterval=1, disable=None)
 
 
@@ -294,47 +293,6 @@ def check_images(x):
     if x.dtype != torch.uint8 or x.dim() != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"images must be uint8 [N, 1|3, H, W], not {x.dtype} {list(x.shape)}")
     return x
-
-
-def quality(model, images, real, reference, shares=None, extract=features):
-    """{"fid", "precision", "recall"} of images uint8 [N, C, H, W] in a model's features; with
-    Inception also "kid", "kid_error", "inception_score". Precision and recall stand beside FID
-    because it can fall while images get worse. reference: (mu, sigma) of the training images, for
-    FID; real: features [M, D] for the rest. shares [K] of the classes of real images, from a
-    classifier of them: also "classes", the share of images that would have to change class to meet
-    them (total variation). extract: features(), or its like on many processes."""
-    feats, logits = extract(model, images, logits=True)
-    precision, recall = precision_recall(real, feats)
-    columns = dict(fid=fid(feats, reference), precision=precision, recall=recall)
-    if shares is not None:
-        found = torch.bincount(logits.argmax(1), minlength=len(shares)) / len(logits)
-        columns["classes"] = (found - shares).abs().sum().item() / 2
-    if not isinstance(model, InceptionV3):
-        return columns
-    value, error = kid(feats, real, subset_size=min(1000, min(len(feats), len(real)) // 2))
-    logits = logits - model.fc.bias.cpu()  # left out in 1606.03498's code, and by torch-fidelity
-    score, _ = inception_score(logits.softmax(1), min(10, len(logits)))
-    return columns | dict(kid=value, kid_error=error, inception_score=score)
-
-
-def reference_statistics(model, images, dataset, cache=None):
-    """(mu, sigma) of features(model, training images), cached by data set, images, extractor."""
-    from support.runs import cached, images_hash, weights_hash
-    key = f"{dataset}-n{len(images)}-{images_hash(images)}-{weights_hash(model)}"
-    return tuple(cached(f"statistics-{key}.pt",
-                        lambda: list(statistics(features(model, images))), cache))
-
-
-def real_reference(model, reference, train_images, test_images, n, shares=None):
-    """The real-data reference: quality() of n test images uint8 [., C, H, W], the score of a
-    perfect sampler; a mean over up to REAL_DRAWS disjoint draws. FID is against `reference`, of all
-    training images, the rest against n of them. ValueError for fewer than n."""
-    if not 2 <= n <= len(test_images):
-        raise ValueError(f"n={n} must lie between 2 and the {len(test_images)} test images")
-    draws = random_draw(test_images, n * min(REAL_DRAWS, len(test_images) // n))
-    real = features(model, random_draw(train_images, n))
-    found = [quality(model, draw, real, reference, shares) for draw in draws.split(n)]
-    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 
 def random_draw(images, n):

@@ -10,7 +10,7 @@ if __name__ == "__main__" and not __package__:
 import os
 
 import metrics
-from support import classifier, cli, data, runs
+from support import classifier, cli, data, quality, runs
 
 
 def check_inception(args, device):
@@ -18,7 +18,7 @@ def check_inception(args, device):
     model = metrics.load_inception(args.inception, args.data_dir).to(device)
     train, _ = data.load_images("cifar10", args.data_dir)
     test, _ = data.load_images("cifar10", args.data_dir, "test")
-    reference = metrics.reference_statistics(model, train, "cifar10")
+    reference = quality.reference_statistics(metrics, model, train, "cifar10")
     value = metrics.fid(metrics.features(model, test), reference)
     print(f"CIFAR-10, FID of {len(test):,} test images against {len(train):,} training images: "
           f"{value:.4f} (about 3.15 is often quoted)")

@@ -19,7 +19,7 @@ import torch
 
 import metrics
 from studies.common import Study, deviation
-from support import charts, cli, data
+from support import charts, cli, data, quality
 
 IMAGES = 100, 200, 500, 1000, 2000, 5000, 10_000
 DRAWS = 10  # fewer where the test images run out
@@ -35,7 +35,7 @@ def measure(name, data_dir):
     """(rows of HEADER for each n, hash of the classifier) from held-out images."""
     model = metrics.load_classifier(name)
     train, _ = data.load_images(name, data_dir)
-    reference = metrics.reference_statistics(model, train, name)
+    reference = quality.reference_statistics(metrics, model, train, name)
     if name == "digits":  # its test split has only 2,000
         test = torch.from_numpy(data.draw_digits(max(IMAGES), 3)[0])
     else:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from support import charts, cli, data, draw, runs
+from support import charts, cli, data, draw, quality, runs
 
 SUFFIXES = ".png", ".jpg", ".jpeg"
 # Modes of Pillow, and what they are read as; 16 bits and floats would lose what they say.
@@ -243,7 +243,7 @@ def compare(real, fake, extractor, data_dir, metrics):
     if real.split == "train":
         test, _ = data.load_images(real.dataset, data_dir, "test")
         n = min(len(test), len(fake.images))
-        draws = min(metrics.REAL_DRAWS, len(test) // n)
+        draws = min(quality.REAL_DRAWS, len(test) // n)
         found = []
         for part in metrics.random_draw(test, draws * n).split(n):
             some = measure(Images("test", part), extractor, m, metrics)
@@ -263,7 +263,7 @@ def measure(side, extractor, m, metrics):
     model, images, draw_some = extractor.model, side.images, metrics.random_draw
     if side.dataset and not extractor.classes:  # 60,000 images take Inception long: cached
         key = side.dataset + ("-test" if side.split == "test" else "")
-        moments = metrics.reference_statistics(model, images, key)
+        moments = quality.reference_statistics(metrics, model, images, key)
         return Measured(moments, metrics.features(model, draw_some(images, m)))
     feats, logits = metrics.features(model, images, logits=True)
     shares = None

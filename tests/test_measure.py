@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import metrics
-from support import classifier, data, measure, runs
+from support import classifier, data, measure, quality, runs
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -280,7 +280,7 @@ def test_scores_are_those_of_the_functions(tmp_path, capsys):
     assert shown == pytest.approx(expected, rel=1e-3)
     value, error = metrics.kid(feats, real, subset_size=130)
     assert float(found["KID"]) == pytest.approx(value, abs=5 * error + 0.01 * abs(value))  # other subsets
-    held_out, expected = row(said, "test images"), metrics.real_reference(model, reference, train, test, 260)
+    held_out, expected = row(said, "test images"), quality.real_reference(metrics, model, reference, train, test, 260)
     for name in ("fid", "precision", "recall"):
         assert float(held_out[name.upper() if name == "fid" else name]) == pytest.approx(expected[name], rel=1e-3)
     classes = [metrics.features(model, x, logits=True)[1].argmax(1) for x in (train, torch.from_numpy(fake))]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
-from support import runs
+from support import quality, runs
 from support.classifier import DomainClassifier
 from unet import UNet
 
@@ -290,14 +290,14 @@ def test_quality_columns_by_extractor():
     how, reference = (lambda model, x, logits: (fake, scores)), metrics.statistics(2 * real)
     expected = dict(fid=metrics.fid(fake, reference))
     expected["precision"], expected["recall"] = metrics.precision_recall(real, fake)
-    assert metrics.quality(DomainClassifier(), images, real, reference, None, how) == expected
+    assert quality.columns(metrics, DomainClassifier(), images, real, reference, None, how) == expected
     found, shares = scores.argmax(1), torch.full((1008,), 1 / 1008)
     gaps = [abs(int((found == k).sum()) / 40 - 1 / 1008) for k in range(1008)]
-    classes = metrics.quality(DomainClassifier(), images, real, reference, shares, how)
+    classes = quality.columns(metrics, DomainClassifier(), images, real, reference, shares, how)
     assert classes == expected | dict(classes=pytest.approx(sum(gaps) / 2, abs=1e-6))
     expected["kid"], expected["kid_error"] = metrics.kid(fake, real, subset_size=20)
     expected["inception_score"] = metrics.inception_score((scores - inception.fc.bias).softmax(1))[0]
-    assert metrics.quality(inception, images, real, reference, None, how) == expected
+    assert quality.columns(metrics, inception, images, real, reference, None, how) == expected
 
 
 class Means(nn.Module):
@@ -326,16 +326,16 @@ def test_features_of_any_network():
 
 def test_reference_statistics_are_computed_once(elsewhere, monkeypatch):
     model, images = Means(), pixels(50)
-    mu, sigma = metrics.reference_statistics(model, images, "made-up")
+    mu, sigma = quality.reference_statistics(metrics, model, images, "made-up")
     wanted = metrics.statistics(metrics.features(model, images))
     assert torch.equal(mu, wanted[0]) and torch.equal(sigma, wanted[1])
-    other = metrics.reference_statistics(model, pixels(50, seed=1), "made-up")
+    other = quality.reference_statistics(metrics, model, pixels(50, seed=1), "made-up")
     assert not torch.equal(other[0], mu)  # other images, the same name
     nn.init.constant_(model.scale, 2)
-    assert torch.allclose(metrics.reference_statistics(model, images, "made-up")[0], 2 * mu)
+    assert torch.allclose(quality.reference_statistics(metrics, model, images, "made-up")[0], 2 * mu)
     nn.init.constant_(model.scale, 1)
     monkeypatch.setattr(metrics, "features", None)  # a second computation would fail
-    again = metrics.reference_statistics(model, images, "made-up")
+    again = quality.reference_statistics(metrics, model, images, "made-up")
     assert torch.equal(again[0], mu) and torch.equal(again[1], sigma)
 
 
@@ -344,7 +344,7 @@ def test_real_reference_is_a_mean_over_disjoint_draws(n, draws):
     """Real images in the place of samples: FID against all training images, the rest against n of them."""
     model, train, test = Means(), pixels(300), pixels(80, seed=1)
     reference = metrics.statistics(metrics.features(model, train))
-    value = metrics.real_reference(model, reference, train, test, n)
+    value = quality.real_reference(metrics, model, reference, train, test, n)
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
     some = metrics.features(model, metrics.random_draw(train, n))
     found = []
@@ -359,7 +359,7 @@ def test_real_reference_is_a_mean_over_disjoint_draws(n, draws):
 def test_real_reference_refuses_what_the_test_images_cannot_give(n):
     model, train, test = Means(), pixels(100), pixels(80, seed=1)
     with pytest.raises(ValueError, match=f"n={n}"):
-        metrics.real_reference(model, metrics.statistics(metrics.features(model, train)), train, test, n)
+        quality.real_reference(metrics, model, metrics.statistics(metrics.features(model, train)), train, test, n)
 
 
 def test_random_draw_is_always_the_same_and_no_prefix():
