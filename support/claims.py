@@ -128,8 +128,9 @@ def by_seed(find, exp, plan, several):
         args.seeds = runs.seeds_of(args.out, args.seeds)
         if len(undone(plan(args), args.out)) == len(left):
             if not waits:
-                print(f"{len(left)} training runs of {args.out} are being done by other "
-                      "processes; if one of them dies, its work is done here", flush=True)
+                print(f"waiting: {len(left)} training runs of {args.out} are claimed by other "
+                      "processes, or stand on one; if one of them dies, its work is done here",
+                      flush=True)
             waits = True
             time.sleep(POLL)
 

@@ -1,8 +1,8 @@
 """What a program does before it imports torch: how its threads wait, and a first line.
 
 Idle OpenMP threads spin for the next piece of work. On a busy machine they take the processor away
-from the thread that they wait for. Spinning for a bounded while costs nothing on an idle machine
-and is several times as fast on a busy one (python -m checks.speed busy).
+from the thread that they wait for, so that they should spin for a bounded while only. What that
+gains on a busy machine, and costs on an idle one, is measured by: python -m checks.workers busy
 """
 import os
 import sys
@@ -16,7 +16,8 @@ def begin(argv):
     if "OMP_WAIT_POLICY" not in os.environ:
         for name, value in WAITING.items():
             os.environ.setdefault(name, value)
-    if "-h" not in argv and "--help" not in argv:
+    quiet = {"-h", "--help"} & set(argv) or os.environ.get("RANK", "0") != "0"
+    if not quiet:
         print("starting: loading torch", flush=True)
 
 

@@ -93,8 +93,7 @@ class Quality:
         found = dict(mean_pixel=samples.float().mean().item())
         extract = functools.partial(ranks.share_rows, self.metrics.features)
         with cli.memory_for("measuring samples", "lower --samples"):
-            for suffix, (model, *known) in self.extractors.items():
-                moments, real, shares = known
+            for suffix, (model, moments, real, shares) in self.extractors.items():
                 mine = columns(self.metrics, model, samples, real, moments, shares, extract)
                 found |= {column + suffix: value for column, value in mine.items()}
         return found

@@ -80,7 +80,8 @@ def announce(exp, done, reasons):
         fid=exp.why_inception,
         model=f"U-Net {a.preset}: {sum(p.numel() for p in model.parameters()):,} parameters",
         plan=f"{seeds_of(a.seeds)}; {counted(a.rounds, 'round')} "
-             f"of {100 * a.prune_rate:.1f} %, to {sparsity:.1f} % sparsity; {a.scope} ranking; "
+             f"of {100 * a.prune_rate:.1f} %, to {sparsity:.1f} % sparsity; {a.scope} ranking "
+             f"({a.score}); "
              f"back to step {exp.k:,} of {a.steps:,}",
         jobs=f"{len(exp.planned)} training runs, {len(done)} of them done"
              + (f"; about {clock(left)} to go here" if left else ""))
