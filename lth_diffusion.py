@@ -306,11 +306,11 @@ class Experiment:
         generator = torch.Generator().manual_seed(X_T_SEED + seed)
         return torch.randn(n, *self.images.shape[1:], generator=generator)
 
-    def errors(self, model):
-        """val_loss, the mean squared error on eps of held-out images, whatever the network
-        predicts; and val_loss_t0 .. val_loss_t4, by ranges of t from little noise to much. t is
-        spread evenly and the noise is fixed, the same for all networks."""
-        predict, x0 = denoiser(model, self.args.precision), as_input(self.test[:VAL_IMAGES])
+    def errors(self, model, images=None):
+        """val_loss, the mean squared error on eps of held-out (or other) images; val_loss_t0 to t4,
+        by ranges of t from little noise to much. t is spread evenly, the noise is fixed."""
+        x0 = as_input((self.test if images is None else images)[:VAL_IMAGES])
+        predict = denoiser(model, self.args.precision)
         t = torch.linspace(0, self.diffusion.T - 1, len(x0)).round().long()
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(EVAL_SEED))
         parts = list(zip(*(v.to(self.device).split(250) for v in (x0, t, noise))))

@@ -2,8 +2,8 @@
 
 # arm in results.csv -> its name in tables, charts and sentences
 ARMS = dict(dense="dense", ticket="ticket", reinit="reinit", random="random mask",
-            finetune="fine-tuned", small="small dense", transform="transformed, not pruned",
-            probe="other data order")
+            finetune="fine-tuned", small="small dense", oneshot="one-shot ticket",
+            transform="transformed, not pruned", probe="other data order")
 # arm -> what it is, and what it asks
 ASKS = dict(
     dense="The whole network, trained from its first weights. Every other arm is held against it.",
@@ -17,6 +17,8 @@ ASKS = dict(
              "Does going back matter?",
     small="A narrower dense network with about as many weights as the ticket has left. Does "
           "sparsity matter, or would fewer channels do as well?",
+    oneshot="As many weights pruned from the dense network in a single cut, the rest taken back to "
+            "the same early step. Do the rounds matter?",
     transform="The network in which the weights outside a random mask were shrunk, before they "
               "are cut. It shows what the transformation alone costs.",
     probe="The dense network, trained again from the early step on with its data in another "
