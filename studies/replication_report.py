@@ -1,0 +1,308 @@
+"""What the replication found: tables and pictures from its committed rows.
+
+    python -m studies.replication_report results/replication/*
+    python -m studies.replication_report results/replication/* --out results
+
+Reads results.csv, log.jsonl, curves.jsonl and config.json of each folder that studies.replication
+wrote; folders of one part are joined, for each holds other seeds. results/PREREGISTRATION.md says
+what is tested and in which order. Nothing is trained: the same files give the same report.
+
+What would change our mind: results/PREREGISTRATION.md, 'For the claim' and 'Against it'.
+"""
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module:  python -m studies.replication_report")
+
+import csv
+import json
+import math
+import os
+from itertools import groupby
+
+import numpy as np
+from scipy import stats
+
+from studies.common import Study, over_seeds
+from support import charts, cli, runs
+from support.verdict import verdict
+from support.words import ARMS, seeds_of
+
+MARGINS = {"fid_domain": 0.10, "val_loss": 0.03} | {f"val_loss_t{i}": 0.03 for i in range(5)}
+COMPARED = "dense", "ticket", "reinit", "random"
+ALPHA = 0.05
+TESTED = ["part", "metric", "sparsity", "seeds", *COMPARED, "p", "answer", "not shown"]
+MEANS = ["part", "round", "arm", "sparsity", "seeds", "fid_domain", "sd", "val_loss",
+         "train_images_loss", "closer_to_train", "steps to match", "search MACs / dense",
+         "images to pay back", "ticket kB", "training MB", "sampling MB"]
+GAPS = ["part", "difference", "sparsity", "metric", "seeds", "mean", "low", "high"]
+WINS = ["part", "sparsity", "seeds", "winning", "share from", "share to"]
+FREE = "seeds", "out", "data_dir", "workers", "device", "control_rounds"  # may differ in a part
+
+
+# --------------------------------------------------------------------------- reading
+
+def read(folders):
+    """{part: (config, {(seed, round, arm): row}, {(seed, round, arm): {step: val_loss}})}."""
+    found = {}
+    for folder in folders:
+        config, rows, curves = runs.read_config(folder), read_rows(folder), read_curves(folder)
+        part = config["args"].get("part")
+        if part is None:
+            raise cli.Mistake(f"{folder} is not of studies.replication")
+        if part in found:
+            check_alike(folder, config, found[part][0])
+            if twice := set(rows) & set(found[part][1]):
+                raise cli.Mistake(f"{folder}: seed {min(twice)[0]} of part {part} is there twice")
+        known = found.setdefault(part, (config, {}, {}))
+        known[1].update(rows)
+        known[2].update(curves)
+    return found
+
+
+def check_alike(folder, config, other):
+    """Mistake where two folders of a part are two experiments."""
+    for key in ("threads", "precision", "data_hash", "classifier_hash"):
+        if config.get(key) != other.get(key):
+            raise cli.Mistake(f"{folder}: {key} is {config.get(key)}, elsewhere {other.get(key)}")
+    for flag, value in config["args"].items():
+        if flag not in FREE and value != other["args"].get(flag):
+            raise cli.Mistake(f"{folder}: --{flag} is {value}, elsewhere "
+                              f"{other['args'].get(flag)}")
+
+
+def key_of(row):
+    return int(row["seed"]), int(row["round"]), row["arm"]
+
+
+def read_rows(folder):
+    """{key: row} of results.csv, with what log.jsonl holds beyond it."""
+    with open(os.path.join(folder, "results.csv"), encoding="utf-8", newline="") as file:
+        rows = {key_of(row): {name: as_number(text) for name, text in row.items()}
+                for row in csv.DictReader(file)}
+    for line in read_lines(folder, "log.jsonl"):
+        if key_of(line) in rows:
+            rows[key_of(line)] = line | rows[key_of(line)]
+    return rows
+
+
+def as_number(text):
+    """A cell of results.csv."""
+    try:
+        return float(text)
+    except ValueError:
+        return text or math.nan
+
+
+def read_lines(folder, name):
+    with open(os.path.join(folder, name), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def read_curves(folder):
+    """{key: {step: val_loss}}; where a stopped run wrote a step twice, the two are equal."""
+    curves = {}
+    for line in read_lines(folder, "curves.jsonl"):
+        curves.setdefault(key_of(line), {})[line["step"]] = line["val_loss"]
+    return curves
+
+
+def values_of(rows, number, arm, column):
+    """{seed: value} of an arm at a round (dense: round 0)."""
+    number = 0 if arm == "dense" else number
+    return {seed: row[column] for (seed, r, its), row in rows.items()
+            if (r, its) == (number, arm) and column in row}
+
+
+def arms_of(rows, number, column):
+    """{arm: {seed: value}}: what a verdict needs."""
+    return {arm: values_of(rows, number, arm, column) for arm in COMPARED}
+
+
+def sparsity_of(rows, number, arm="ticket"):
+    return float(np.mean(list(values_of(rows, number, arm, "sparsity").values())))
+
+
+def control_rounds(rows):
+    """Rounds that have what a verdict needs."""
+    return sorted({r for _, r, arm in rows if arm == "random"})
+
+
+# --------------------------------------------------------------------------- what was asked
+
+def test(part, rows):
+    """Rows of TESTED: the sparsities in their order; what follows a failure is exploratory."""
+    order = [r for r in control_rounds(rows)]
+    for metric, margin in MARGINS.items():
+        confirmatory = "_t" not in metric
+        for number in order:
+            arms = arms_of(rows, number, metric)
+            found = verdict(arms, margin, ALPHA, metric)
+            answer = {True: "winning", False: "not shown", None: "no verdict"}[found.winning]
+            lacking = "; ".join(f"{name}: {found.gaps[name]:.3g}" for name, p in
+                                found.tests.items() if not p < ALPHA)
+            means = [np.mean(list(values.values())) for values in arms.values()]
+            yield [part, metric, sparsity_of(rows, number), found.n, *means, found.p,
+                   answer + ("" if confirmatory else " (exploratory)"), lacking]
+            confirmatory = confirmatory and found.winning
+
+
+def wins(part, rows):
+    """Rows of WINS: seeds whose ticket passes all three tests by its value, 95 % interval."""
+    for number in control_rounds(rows):
+        arms = arms_of(rows, number, "fid_domain")
+        seeds = set.intersection(*map(set, arms.values()))
+        limit = 1 + MARGINS["fid_domain"]
+        won = sum(arms["ticket"][seed] < min(limit * arms["dense"][seed], arms["reinit"][seed],
+                                             arms["random"][seed]) for seed in seeds)
+        between = stats.binomtest(won, len(seeds)).proportion_ci(0.95, "exact")
+        yield [part, sparsity_of(rows, number), len(seeds), won, between.low, between.high]
+
+
+def gaps(part, rows):
+    """Rows of GAPS: ticket less another arm, paired by seed, 90 % interval."""
+    for metric in "fid_domain", "val_loss":
+        for number in control_rounds(rows):
+            ticket = values_of(rows, number, "ticket", metric)
+            for arm in "dense", "reinit", "random", "oneshot", "small":
+                others = values_of(rows, number, arm, metric)
+                seeds = sorted(set(ticket) & set(others))
+                if seeds:
+                    found = over_seeds([ticket[seed] - others[seed] for seed in seeds])
+                    yield [part, f"ticket - {ARMS[arm]}", sparsity_of(rows, number), metric,
+                           len(seeds), *found]
+
+
+def shorter(found):
+    """Rows of GAPS: (ticket / dense - 1) of `short` less that of `v`, in the seeds of both."""
+    if {"v", "short"} <= set(found):
+        for number in control_rounds(found["short"][1]):
+            excess = {}
+            for part in "v", "short":
+                arms = arms_of(found[part][1], number, "fid_domain")
+                excess[part] = {seed: value / arms["dense"][seed] - 1
+                                for seed, value in arms["ticket"].items()}
+            seeds = sorted(set(excess["v"]) & set(excess["short"]))
+            if seeds:
+                values = [excess["short"][seed] - excess["v"][seed] for seed in seeds]
+                yield ["short - v", "ticket / dense - 1", sparsity_of(found["v"][1], number),
+                       "fid_domain", len(seeds), *over_seeds(values)]
+
+
+# --------------------------------------------------------------------------- exploratory
+
+def steps_to_match(curves, number, arm):
+    """Text: steps until the arm reaches the final val_loss of its dense network, and in how many
+    seeds it does; both on the curves, one point in 20."""
+    reached, seeds = [], 0
+    for (seed, r, its), curve in curves.items():
+        dense = curves.get((seed, 0, "dense"))
+        if (r, its) == (number, arm) and dense:
+            seeds += 1
+            goal = dense[max(dense)]
+            reached += [min(step for step, loss in curve.items() if loss <= goal)] \
+                if min(curve.values()) <= goal else []
+    return f"{np.mean(reached):,.0f} ({len(reached)} of {seeds})" if reached else f"(0 of {seeds})"
+
+
+def means(part, config, rows, curves):
+    """Rows of MEANS."""
+    dense_macs = np.mean(list(values_of(rows, 0, "dense", "train_macs_total").values()))
+    order = sorted(rows, key=lambda key: (key[1], list(ARMS).index(key[2])))
+    for (number, arm), keys in groupby(order, key=lambda key: key[1:]):
+        group = [rows[key] for key in keys]
+
+        def mean(column):
+            return float(np.mean([row.get(column, math.nan) for row in group]))
+        fids = [row["fid_domain"] for row in group]
+        saved = config["args"]["nfe"] * (mean("macs_dense") - mean("macs_live"))
+        more = mean("train_macs_total") - dense_macs
+        pay = more / saved if arm in ("ticket", "oneshot") and saved > 0 else math.nan
+        yield [part, number, arm, mean("sparsity"), len(group), float(np.mean(fids)),
+               float(np.std(fids, ddof=1)) if len(fids) > 1 else None, mean("val_loss"),
+               mean("train_images_loss"), mean("closer_to_train"),
+               steps_to_match(curves, number, arm), mean("train_macs_total") / dense_macs, pay,
+               mean("ticket_bytes") / 1e3, mean("train_memory") / 2**20,
+               mean("sample_memory") / 2**20]
+
+
+# --------------------------------------------------------------------------- pictures
+
+def draw(part, config, rows, curves, path, note):
+    """Quality by sparsity; val_loss by range of t; val_loss on the way."""
+    last = max(r for _, r, _ in rows)
+    ticks = [(0, "dense")] + [(r, f"{100 * sparsity_of(rows, r):.3g} %") for r in
+                              range(1, last + 1)]
+    series, real = [], config["reference"]["fid_domain"]
+    for arm in [arm for arm in ARMS if any(its == arm for _, _, its in rows)]:
+        found = {r: list(values_of(rows, r, arm, "fid_domain").values()) for r in
+                 sorted({r for _, r, its in rows if its == arm})}
+        series.append(dict(label=ARMS[arm], x=list(found), dots=list(found.values()),
+                           y=[np.mean(one) for one in found.values()],
+                           style="solid" if arm == "ticket" else "points"))
+    dense = np.mean(list(values_of(rows, 0, "dense", "fid_domain").values()))
+    charts.line_chart(series[1:], f"{path}_{part}_quality.png",
+                      f"Tickets and controls by sparsity (part {part})", "weights pruned",
+                      "fid_domain (lower is better)", x_ticks=ticks, note=note, log_y=True,
+                      hlines=[("dense", dense, "dashed"), ("real images", real, "dotted")])
+    series = []
+    for i in range(5):
+        excess = [np.mean([value / values_of(rows, 0, "dense", f"val_loss_t{i}")[seed] - 1
+                           for seed, value in
+                           values_of(rows, r, "ticket", f"val_loss_t{i}").items()])
+                  for r in range(1, last + 1)]
+        series.append(dict(label=f"t = {200 * i} to {200 * i + 199}", x=list(range(1, last + 1)),
+                           y=[100 * value for value in excess]))
+    charts.line_chart(series, f"{path}_{part}_ranges.png",
+                      f"val_loss of tickets over that of dense, by range of t (part {part})",
+                      "weights pruned", "more than dense, %", x_ticks=ticks[1:], note=note,
+                      hlines=[("dense", 0.0, "dashed")])
+    shown = [(0, "dense")] + [(r, "ticket") for r in control_rounds(rows)]
+    series = []
+    for number, arm in shown:
+        found = [curve for (_, r, its), curve in curves.items() if (r, its) == (number, arm)]
+        steps = sorted(set.intersection(*map(set, found)))
+        pruned = "" if arm == "dense" else f" {100 * sparsity_of(rows, number):.3g} %"
+        series.append(dict(label=ARMS[arm] + pruned, x=steps,
+                           y=[np.mean([curve[step] for curve in found]) for step in steps]))
+    charts.line_chart(series, f"{path}_{part}_curves.png",
+                      f"Held-out error on the way (part {part})", "training step",
+                      "val_loss of averaged weights", log_y=True, note=note)
+
+
+# --------------------------------------------------------------------------- the report
+
+def rounded(table):
+    return [[f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in table]
+
+
+def main(argv=None):
+    """The command line."""
+    study = Study("studies.replication_report", __doc__)
+    study.add_argument("folders", nargs="+", metavar="results/replication/NAME", type=cli.path,
+                       help="folders that studies.replication wrote, in whole or in part")
+    with study.arguments(argv) as args:
+        found = read(args.folders)
+        path, tables = os.path.join(args.out, "replication"), {}
+        for part, (config, rows, curves) in found.items():
+            for name, header, made in (("tests", TESTED, test(part, rows)),
+                                       ("seeds", WINS, wins(part, rows)),
+                                       ("differences", GAPS, gaps(part, rows)),
+                                       ("arms", MEANS, means(part, config, rows, curves))):
+                tables.setdefault(name, (header, []))[1].extend(made)
+            seeds = sorted({seed for seed, *_ in rows})
+            draw(part, config, rows, curves, path,
+                 f"MNIST, {config['args']['steps']:,} steps, predicts "
+                 f"{config['args']['prediction']}, {config['args']['samples']:,} samples, "
+                 f"{seeds_of(seeds)}.")
+        tables["differences"][1].extend(shorter(found))
+        commits = {folder: runs.read_config(folder)["commit"] for folder in args.folders}
+        text = []
+        for name, (header, table) in tables.items():
+            study.save(f"{path}_{name}", header, table, commits=commits)
+            text += [f"## {name}", charts.markdown_table(header, rounded(table))]
+            print(charts.text_table(header, rounded(table)), end="\n\n")
+        runs.write_text(path + ".md", "\n\n".join(["# The replication, from its rows", *text]))
+        print(f"{path}.md, .csv files, pictures")
+
+
+if __name__ == "__main__":
+    main()
