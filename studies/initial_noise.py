@@ -37,6 +37,7 @@ import metrics
 from studies.common import Study, add_run_flag, open_run
 from support import charts, cli, data
 from support.verdict import t_test
+from support.words import counted
 
 CONFIDENCE = 0.9
 SIDES = 4, 8, 14, 20, 28  # of the block, for images 28 wide; in proportion for others
@@ -204,7 +205,7 @@ def main(argv=None):
         study.save(path, HEADER, cells, exp.device, nfe=NFE, recipients=RECIPIENTS)
         draw(summary, path + ".png",
              f"{exp.args.dataset}, DDIM with {NFE} evaluations; up to {DONORS} donors, "
-             f"{RECIPIENTS} recipients each; means over {n} seed(s). "
+             f"{RECIPIENTS} recipients each; means over {counted(n, 'seed')}. "
              "Percentages: weights pruned.")
     few = "; fewer than 3: no verdict" if n < 3 else ""
     cells = [list(row.values()) for row in summary]

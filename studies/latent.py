@@ -38,6 +38,7 @@ from ddpm import check_finite, learning_rate, to_float, to_uint8
 from studies.common import (Study, add_run_flag, deviation, open_run,
                             over_seeds)
 from support import charts, cli, runs
+from support.words import counted
 
 # Of the autoencoder: about a minute on two cores.
 STEPS, BATCH, LR, WIDTH = 1500, 64, 2e-3, 32
@@ -245,7 +246,7 @@ def conclude(space, rows, seeds, last):
             parts.append(f"{arm} {over:.2f}{ends}")
     certain = "no verdict" if low is None else "90 % intervals of differences"
     return (f"{space}: fid_domain of the last ticket over {', '.join(parts)}; "
-            f"n={len(seeds)} seed(s), {certain}.")
+            f"{counted(len(seeds), 'seed')}, {certain}.")
 
 
 def main(argv=None):
@@ -271,7 +272,7 @@ def main(argv=None):
                    seeds=seeds, reconstruction=back, flags=vars(a))
         note = (f"{a.dataset}, {a.steps:,} steps of {a.batch}, "
                 f"n={a.samples:,} samples.")
-        draw(table, path + ".png", f"{note} Means over {len(seeds)} seed(s); "
+        draw(table, path + ".png", f"{note} Means over {counted(len(seeds), 'seed')}; "
              "bars: standard deviation.")
         draw_samples(exp, path + "_samples.png", note)
     print(f"\n{charts.text_table(Line._fields, table)}\n\n"

@@ -35,6 +35,7 @@ from ddpm import train
 from prune import live_total, mask_hooks, prunable, rewind
 from studies.common import Study, add_run_flag, fit, open_run, over_seeds
 from support import charts, cli
+from support.words import counted
 
 ARMS = "dense", "ticket", "reinit", "random"
 DRAWS = 4  # sets of x_T behind a correct value
@@ -255,7 +256,7 @@ def conclude(groups, n):
             said.append(f"{name} ({len(turned)} of {len(rows)}: {turned[0]})")
     return (f"Is the ticket within {lth.MARGIN:.0%} of dense, better than reinit, better than "
             f"random? {len(said)} of {len(groups)} mistakes change an answer: "
-            f"{'; '.join(said) or 'none'}. n={n} seed(s): single values, no test.")
+            f"{'; '.join(said) or 'none'}. {counted(n, 'seed')}: single values, no test.")
 
 
 def ablation(rows):
@@ -271,7 +272,7 @@ def ablation(rows):
         mean, low, high = over_seeds(gap)
         ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}]"
         said.append(f"{name} {mean:+.2f}{ends}")
-    return f"fid_domain of the ticket, n={len(rows)} seed(s): {'; '.join(said)}."
+    return f"fid_domain of the ticket, {counted(len(rows), 'seed')}: {'; '.join(said)}."
 
 
 def find_benches(exp, rows):
@@ -303,7 +304,7 @@ def main(argv=None):
         study.save(path, HEADER, table, exp.device, n=a.samples, draws=DRAWS,
                    live=live, not_zero=dense, reversals=rates)
         draw(groups, path + ".png",
-             f"{a.dataset}, n={a.samples:,} samples, DDIM, {n} seed(s), "
+             f"{a.dataset}, n={a.samples:,} samples, DDIM, {counted(n, 'seed')}, "
              f"round {a.rounds}. {AVERAGE}: first seed.")
     shown = [[*one[:2], *one[-2:]] for one in table]
     print(f"\n{charts.text_table([*HEADER[:2], *HEADER[-2:]], shown)}\n")

@@ -31,6 +31,7 @@ from prune import (apply_masks, dense_masks, density, live_counts, live_total,
                    mask_hooks, prunable, prune_magnitude, random_masks)
 from studies.common import Study, deviation, over_seeds
 from support import charts, cli, data
+from support.words import counted
 
 LR, BATCH, HELD_OUT = 1.2e-3, 60, 5000  # 1803.03635, figure 2
 LATE = 0.9  # of all steps: a minimum after this may not be the last
@@ -153,7 +154,7 @@ def draw(rows, column, path, y_label):
     level = "dense", np.mean(dense), "dashed"
     charts.line_chart(series, path, TITLES[rows[0].net], "weights left (log)",
                       y_label, hlines=[level], log_x=True,
-                      note=f"Means over {len(dense)} seed(s); bars: standard "
+                      note=f"Means over {counted(len(dense), 'seed')}; bars: standard "
                       "deviation. Early stopping by held-out loss.")
 
 
@@ -179,7 +180,7 @@ def conclude(rows, steps):
                 parts.append(f"{arm} {mean:+.2f}{ends}")
         left, n = 100 * tickets[0].weights_left, len(tickets)
         certain = "90 % intervals" if n > 2 else "no verdict"
-        said.append(f"{rows[0].net}, {left:.1f} % of the weights, n={n} seed(s): "
+        said.append(f"{rows[0].net}, {left:.1f} % of the weights, {counted(n, 'seed')}: "
                     f"ticket less {', '.join(parts)} points of test accuracy, "
                     f"{certain}. Early stop at step: {', '.join(stops)}.")
     return "\n".join(said)

@@ -33,6 +33,7 @@ import metrics
 from ddpm import to_float
 from studies.common import Study, add_run_flag, check_rounds, open_run
 from support import charts, cli
+from support.words import counted
 
 NOISE = (0.0, 0.1, 0.2, 0.4)  # standard deviations; pixels of x_t have about unit variance
 BUDGETS = (0.0, 0.02, 0.05, 0.1)
@@ -187,7 +188,7 @@ def main(argv=None):
         times, seeds = ", ".join(map(str, TIMES)), len({row["seed"] for row in table})
         draw(table, path + ".png",
              f"{exp.args.dataset}, PGD, {table[0]['n']:,} held-out images at t = {times}; "
-             f"means over {seeds} seed(s). Percentages: weights pruned.")
+             f"means over {counted(seeds, 'seed')}. Percentages: weights pruned.")
     print(f"\n{charts.text_table(HEADER, cells)}\n\n{conclude(table)}\n{path}.csv, .json, .png")
 
 

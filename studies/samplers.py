@@ -24,6 +24,7 @@ import numpy as np
 from ddpm import NOISE
 from studies.common import Study, add_run_flag, check_rounds, open_run
 from support import charts, cli
+from support.words import counted
 
 # Ancestral sampling is poor below 50 evaluations.
 STEPS = dict(ddpm=(50, 250), ddim=(5, 10, 20, 50), dpm=(5, 10, 20, 50))
@@ -140,7 +141,8 @@ def main(argv=None):
         cells = [list(row.values()) for row in table]
         path = f"{args.out}/samplers_{exp.args.dataset}"
         study.save(path, HEADER, cells, exp.device, n=args.samples)
-        note = (f"{exp.args.dataset}: means over {len({job.seed for job in jobs})} seed(s), FID "
+        seeds = counted(len({job.seed for job in jobs}), "seed")
+        note = (f"{exp.args.dataset}: means over {seeds}, FID "
                 f"from {args.samples:,} samples from the same noise")
         draw(means, path + ".png", note + ". Percentages: weights pruned.")
     print(f"\n{charts.text_table(HEADER, cells)}\n")

@@ -33,6 +33,7 @@ from torch import nn
 from prune import apply_masks
 from studies.common import Study, add_run_flag, open_run, over_seeds
 from support import charts, cli
+from support.words import counted
 
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the evaluations, done by the sparser network
 DIRECTIONS = "sparse early", "dense early"
@@ -224,7 +225,7 @@ def main(argv=None):
         first = dict(zip(PAIR, pairs[0]))
         note = (f"{a.dataset}, rounds {pairs[0][0]} and {pairs[0][1]}; DDIM with "
                 f"{a.nfe} evaluations; FID from {n:,} samples; "
-                f"means over {len(seeds)} seed(s); {NOTE}")
+                f"means over {counted(len(seeds), 'seed')}; {NOTE}")
         draw(select(table, **first), path + ".png", note)
     print(f"\n{charts.text_table(header, cells)}\n\n{conclude(table)}")
     print(f"{path}.csv, .json, .png")

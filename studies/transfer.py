@@ -40,7 +40,7 @@ from prune import density, random_masks
 from studies.common import (SMALL, Study, checkpoint, fit, open_run,
                             over_seeds, overlap, ticket_masks)
 from support import charts, cli
-from support.words import seeds_of
+from support.words import counted, seeds_of
 from unet import PRESETS, Downsample, ResBlock
 
 FIGURES = "sparsity", "steps", "fid_domain", "val_loss", "n_samples"
@@ -212,7 +212,7 @@ def across_data(study, args):
     for kind, values in ratios.items():
         if values:
             print(f"Masks of {kind} overlap {np.mean(values):.2f} times as much as "
-                  f"random masks (n={len(values)} pair(s)).")
+                  f"random masks ({counted(len(values), 'pair')}).")
 
 
 def across_depth(study, args):
@@ -273,7 +273,7 @@ def conclude(way, fids):
     rule = "90 % intervals" if len(own) > 2 else "no verdict"
     mean = np.mean([*own.values()])
     return (f"{way}: own ticket {mean:.2f}; from it {'; '.join(parts)} "
-            f"(fid_domain, n={len(own)} seed(s), {rule}).")
+            f"(fid_domain, {counted(len(own), 'seed')}, {rule}).")
 
 
 def main(argv=None):

@@ -39,6 +39,7 @@ from ddpm import Diffusion, sampling_times
 from methods.cka import PROBE_SEED, block_similarity
 from studies.common import SMALL, Study, checkpoint, deviation, fit, over_seeds, slope
 from support import charts, cli
+from support.words import counted
 
 SIGMA = "sigma/eps"
 VARIANTS = "linear/eps", "cosine/eps", "linear/v", SIGMA
@@ -188,7 +189,7 @@ def conclude(table, slopes):
                 ends = f" [{row.low:+.2f}, {row.high:+.2f}]" if n > 2 else ""
                 parts.append(f"{row.variant} {row.difference:+.2f}{ends}")
         lines.append(f"fid_domain of the ticket less that of {ARMS[arm]}: "
-                     f"{', '.join(parts)} (n={n} seed(s), {rule}).")
+                     f"{', '.join(parts)} ({counted(n, 'seed')}, {rule}).")
     for name, pair in slopes.items():
         cka, null = (f"{value:+.3f} ± {error:.3f}" for value, error in pair)
         lines.append(f"Slope of CKA along the blocks, {name}: {cka}; null {null}.")

@@ -67,6 +67,53 @@ def test_flags_of_commands_are_known(command, capsys):
         assert known, (command, word)
 
 
+# ----------------------------------------------------------------------------------- figures and where they come from
+
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
+FIGURE = re.compile(r"(?<![\w.,-])\d*\.\d+(?!\w|\.\d)")
+NUMBER = re.compile(r"(?<![\w.])-?\d+\.?\d*(?:e[-+]?\d+)?")
+WITH_FIGURES = "README.md", "results/README.md", "studies/README.md", "checks/README.md"
+
+
+def blocks(text):
+    """Paragraphs and lists; a table belongs to the paragraph above it."""
+    found = []
+    for block in re.split(r"\n\s*\n", re.sub(r"```.*?```", "", text, flags=re.S)):
+        if block.startswith("|") and found:
+            block = found.pop() + "\n" + block
+        found.append(block)
+    return found
+
+
+def linked(block, folder):
+    """The results files that a block links to; of a folder, the tables in it."""
+    for link in LINK.findall(block):
+        path = (folder / link).resolve()
+        if HERE / "results" in [path, *path.parents] and path.name != "README.md":
+            yield from [path] if path.is_file() else sorted(path.iterdir())
+
+
+@pytest.mark.parametrize("name", WITH_FIGURES)
+def test_figures_are_in_the_files_beside_them(name):
+    """Every decimal in a paragraph or table that links to results is there, rounded to as many digits."""
+    path, checked = HERE / name, 0
+    for block in blocks(path.read_text(encoding="utf-8")):
+        tables = [one for one in linked(block, path.parent) if one.suffix in (".csv", ".md", ".json")]
+        there = [abs(float(number)) for one in tables for number in NUMBER.findall(one.read_text(encoding="utf-8"))]
+        for figure in FIGURE.findall(LINK.sub("]", block)) if tables else ():
+            half = 0.5 * 10 ** -len(figure.split(".")[1]) * (1 + 1e-9)
+            assert any(abs(number - float(figure)) <= half for number in there), (figure, block[:80])
+            checked += 1
+    assert checked > 20 or name in ("studies/README.md", "checks/README.md")
+
+
+@pytest.mark.parametrize("name", WITH_FIGURES)
+def test_links_lead_to_files(name):
+    path = HERE / name
+    for link in LINK.findall(path.read_text(encoding="utf-8")):
+        assert link.startswith("http") or (path.parent / link).exists(), link
+
+
 # ----------------------------------------------------------------------------------- a method of one's own
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def test_latent(tmp_path, monkeypatch, capsys):
     lth.main([*SMALL, str(tmp_path / "run")])
     command = ["--from", str(tmp_path / "run"), "--out", str(tmp_path)]
     latent.main(command)
-    assert "n=1 seed(s), no verdict" in capsys.readouterr().out
+    assert "1 seed, no verdict" in capsys.readouterr().out
     with open(tmp_path / "latent_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     by = {(row["space"], row["arm"], row["sparsity"]): row for row in rows}
@@ -84,9 +84,9 @@ def test_lines_and_conclusion_by_hand():
     sd = pytest.approx(np.std([1, 2, 4], ddof=1))
     assert table[1] == ("pixel", "ticket", 0.5, 3, pytest.approx(7 / 3), sd, 0.5, 0.0, 2.0)
     same = latent.conclude("latent", rows((2, 3, 4), (1, 2, 3)), [0, 1, 2], 1)
-    assert "over dense 0.64 (-1.00 to -1.00), reinit 0.25" in same and "n=3 seed(s), 90 %" in same
+    assert "over dense 0.64 (-1.00 to -1.00), reinit 0.25" in same and "3 seeds, 90 %" in same
     assert latent.conclude("pixel", pixel, [0], 1) == (
-        "pixel: fid_domain of the last ticket over dense 0.50, reinit 0.12; n=1 seed(s), no verdict.")
+        "pixel: fid_domain of the last ticket over dense 0.50, reinit 0.12; 1 seed, no verdict.")
 
 
 def test_only_finished_seeds_are_used():

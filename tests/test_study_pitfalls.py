@@ -34,7 +34,7 @@ def test_a_run(tmp_path, capsys, monkeypatch):
     lth.main([*SMALL, run])
     pitfalls.main(["--from", run, "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "n=1 seed(s): single values" in said and "of 6 mistakes" in said and "fresh less restored" in said
+    assert "1 seed: single values" in said and "of 6 mistakes" in said and "fresh less restored" in said
     with open(tmp_path / "pitfalls_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and len({row["ticket, mistaken"] for row in rows}) == 6  # each its own value
@@ -116,6 +116,6 @@ def test_ablation_by_hand():
     rows = [pitfalls.row(pitfalls.FRESH, seed, right, right | dict(ticket=5.0 + 0.1 * (seed - 1)))
             for seed in range(3)]
     said = pitfalls.ablation(rows)
-    assert "n=3 seed(s)" in said and "fresh less restored +1.00 [+0.83, +1.17]" in said
+    assert "3 seeds" in said and "fresh less restored +1.00 [+0.83, +1.17]" in said
     assert "restored less reinit -2.00 [-2.00, -2.00]" in said and "fresh less random -3.00 [" in said
     assert "fresh less dense +0.00;" in pitfalls.ablation(rows[1:2])

@@ -30,7 +30,7 @@ def test_a_short_run(monkeypatch, capsys, tmp_path):
         # after one round the single cut is the ticket
         assert rows[1]["accuracy"] == rows[4]["accuracy"]
     said = capsys.readouterr().out
-    assert f"lenet, {100 * first:.1f} % of the weights, n=1 seed(s):" in said and "no verdict" in said
+    assert f"lenet, {100 * first:.1f} % of the weights, 1 seed:" in said and "no verdict" in said
 
 
 def test_one_cut_is_as_deep_as_its_rounds():
@@ -60,7 +60,7 @@ def test_differences_are_paired_by_seed():
             for r, arm, gain in ((0, "dense", 0), (1, "ticket", 0.02), (1, "reinit", 0.01),
                                  (1, "random", 0), (1, "oneshot", 0.02))]
     said = positive_control.conclude(rows, 100)
-    assert "n=3 seed(s): ticket less dense +2.00 [+2.00, +2.00], reinit +1.00" in said
+    assert "3 seeds: ticket less dense +2.00 [+2.00, +2.00], reinit +1.00" in said
     assert "oneshot +0.00" in said and "90 % intervals" in said
 
 

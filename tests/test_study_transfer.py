@@ -127,7 +127,7 @@ def test_conclusions_are_paired_and_say_n():
     fids = {transfer.OWN: {0: 0, 1: 10, 2: 20}, "foreign mask": {0: 2, 1: 12, 2: 22}, "dense": {}}
     said = transfer.conclude("A to B", fids)
     assert "own ticket 10.00" in said and "foreign mask +2.00 [+2.00, +2.00]" in said
-    assert "n=3 seed(s), 90 % intervals" in said
+    assert "3 seeds, 90 % intervals" in said
     one = {network: {0: group[0]} for network, group in fids.items() if group}
     assert "foreign mask +2.00 (" in (said := transfer.conclude("A to B", one)) and "no verdict" in said
 
@@ -168,7 +168,7 @@ def test_across_data(pair, tmp_path, capsys):
     assert steps[back, "foreign mask, shuffled"] == steps[back, "own ticket"] == "6"
     pruned = [float(row["sparsity"]) for row in rows if "dense" not in row["network"]]
     assert pruned == pytest.approx([0.5] * len(pruned), abs=1e-3)
-    assert "n=1 seed(s), no verdict" in said and "Masks of one seed overlap" in said
+    assert "1 seed, no verdict" in said and "Masks of one seed overlap" in said
     assert (tmp_path / "transfer_data_global_layer.png").stat().st_size > 5_000
 
 

@@ -79,7 +79,7 @@ def test_variants(tiny, tmp_path, monkeypatch, capsys):
     command = [*SMALL, "--only", "linear/v", "sigma/eps", "--runs", str(tmp_path / "runs"), "--out",
                str(tmp_path)]
     variants.main(command)
-    assert "n=1 seed(s), no verdict" in capsys.readouterr().out
+    assert "1 seed, no verdict" in capsys.readouterr().out
     rows = read(tmp_path / "variants_digits.csv")
     assert [(row["variant"], row["arm"]) for row in rows] == [
         (name, arm) for name in ("linear/v", "sigma/eps") for arm in variants.ARMS]
