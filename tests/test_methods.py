@@ -12,7 +12,7 @@ from torch import nn
 
 import lth_diffusion as lth
 from ddpm import Diffusion, train
-from methods import channels, oneshot, taylor
+from methods import channels, early_bird, oneshot, taylor
 from methods.channels import dense_channels, prune_channels, shrink
 from methods.cka import block_similarity, cka, cka_rates, u_centred
 from methods.magnitude_init import init_scores
@@ -24,7 +24,7 @@ from prune import (apply_masks, blocks_of, dense_masks, live_counts, live_total,
                    prune_magnitude, prune_scores)
 from unet import PRESETS, ResBlock, UNet
 
-METHODS = "channels cka magnitude_init oneshot random_pruning rigl rst taylor".split()
+METHODS = "channels cka early_bird magnitude_init oneshot random_pruning rigl rst taylor".split()
 
 
 def net(seed=0, **config):
@@ -327,6 +327,54 @@ def test_mistakes_end_in_one_line(name, flags, said, capsys, tmp_path):
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and f"argument {said}" in lines[0], lines
     assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------- early-bird tickets
+
+def test_distance_of_masks_by_hand():
+    """0 for one and the same, 1 for two that share as little as they can, at any density."""
+    def masks(*live):
+        return {"w": torch.isin(torch.arange(8), torch.tensor(live))}
+    assert early_bird.distance(masks(0, 1), masks(0, 1)) == 0
+    assert early_bird.distance(masks(0, 1), masks(2, 3)) == 1
+    assert early_bird.distance(masks(0, 1), masks(1, 2)) == 0.5
+    assert early_bird.distance(masks(0, 1, 2, 3, 4, 5), masks(2, 3, 4, 5, 6, 7)) == 1
+
+
+def test_early_bird_stops_once_five_masks_agree(monkeypatch, tmp_path):
+    """At the first draw that is near the five before; with another threshold never, and then half-way."""
+    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+    args, _ = lth.parse_args("--rounds 2 --final-sparsity 0.9 --steps 100 --batch 4 --samples 8 --nfe 4 "
+                             f"--out {tmp_path}".split())
+    exp, seen = lth.Experiment(args), []
+    for near, step in (1.1, 12), (1e-9, 50):  # 5 masks at steps 2 to 10; the sixth is compared
+        monkeypatch.setattr(early_bird, "NEAR", near)
+        found = early_bird.search(args, exp, 0, lambda *told: seen.append(told))
+        assert {r: state["step"] for r, (_, state) in found.items()} == {r: step for r in args.control_rounds}
+        for r, (masks, state) in found.items():
+            total = sum(mask.numel() for mask in masks.values())
+            assert live_total(masks) == total - round(oneshot.cut_at(args, r) * total)
+            again = exp.new_model(0)
+            again.load_state_dict(state["model"])  # the mask is that of the state, by the run's own score
+            cut = prune_magnitude(again, dense_masks(again), oneshot.cut_at(args, r), score=args.score)
+            assert all(torch.equal(cut[name], mask) for name, mask in masks.items())
+    assert [len(distances) for *_, distances in seen[:12:2]] == [0, 1, 2, 3, 4, 5]
+    assert all(0 <= one <= 1 for *_, distances in seen for one in distances)
+
+
+def test_an_early_bird_costs_what_dense_costs(monkeypatch, tmp_path):
+    """Search and training together take the steps of the dense network, and fewer multiplications."""
+    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+    monkeypatch.setattr(early_bird, "NEAR", 1.1)
+    early_bird.main("--rounds 2 --final-sparsity 0.9 --steps 100 --batch 4 --samples 8 --nfe 4 --controls "
+                    f"--out {tmp_path}".split())
+    args, _ = lth.parse_args("--rounds 2 --final-sparsity 0.9 --steps 100 --out x".split())
+    states = {job: torch.load(job.path(str(tmp_path)), weights_only=True) for job in oneshot.jobs(args)
+              if job.arm in ("dense", "ticket")}
+    dense, *tickets = (state["row"] for state in states.values())
+    for row in tickets:
+        assert row["steps"] == 88 and row["train_steps_total"] == dense["train_steps_total"] == 100
+        assert row["train_macs_total"] < dense["train_macs_total"]
 
 
 class Dry(lth.Experiment):

@@ -1,0 +1,99 @@
+"""Early-bird tickets: draw the mask as soon as it has settled, long before training ends (You et al.,
+Drawing Early-Bird Tickets, 2020, 1909.11957, section 3; for diffusion: Whalen et al., 2025,
+2504.09606).
+
+    train the dense network; every 2 % of the steps, draw the mask that one cut would leave now
+    once it is near each of the five masks before: prune, and train on from there, without going back
+
+    python -m methods.early_bird --dataset mnist --control-rounds 3 7 10
+
+One ticket per control round, of that round's density. Search and training together take as many
+steps as the dense network alone. Distance of two masks: the share of weights that are in one only,
+over those that both could differ in, 2 (1 - density): the threshold then means the same at every
+density. (You et al. prune 30 to 70 % of channels and divide by all of them.)
+"""
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module, from the repository's folder:  "
+                     "python -m methods.early_bird")
+
+import copy
+import os
+from collections import deque
+
+from ddpm import train
+from lth_diffusion import Job, make_parser, parse_args, run
+from methods.oneshot import compare, cut_at, jobs
+from prune import dense_masks, density, prune_magnitude, rewind
+
+EVERY = 0.02  # of the steps: how often a mask is drawn
+BEFORE, NEAR = 5, 0.1  # masks before that the new one must be near to; 1909.11957, section 3.2
+LATEST = 0.5  # of the steps: here the search ends, settled or not
+
+
+class Settled(Exception):
+    """All masks are found: no need to train the dense network any further."""
+
+
+def distance(a, b):
+    """Share of weights that are live in one of two masks of one density only, of those possible."""
+    apart = sum(int((mask ^ b[name]).sum()) for name, mask in a.items())
+    total, left = sum(mask.numel() for mask in a.values()), density(a)
+    return apart / (2 * min(left, 1 - left) * total)
+
+
+def search(args, exp, seed, follow=None):
+    """{round: (masks, training state they were drawn at)}; follow(step, r, distances) is told the
+    distances of each new mask of round r from those before it."""
+    model, found, before = exp.new_model(seed), {}, {}
+    every, latest = max(1, round(EVERY * args.steps)), round(LATEST * args.steps)
+
+    def draw(step, get_state):
+        if step == 0 or step % every:
+            return
+        for r in [r for r in args.control_rounds if r not in found]:
+            masks = prune_magnitude(model, dense_masks(model), cut_at(args, r), args.scope,
+                                    score=args.score)
+            known = before.setdefault(r, deque(maxlen=BEFORE))
+            distances = [distance(masks, one) for one in known]
+            if follow:
+                follow(step, r, distances)
+            settled = len(known) == BEFORE and max(distances) < NEAR
+            if settled or step + every > latest:
+                found[r] = masks, copy.deepcopy(get_state())
+            known.append(masks)
+        if len(found) == len(args.control_rounds):
+            raise Settled
+
+    options = exp.options(Job(seed, 0, "dense"), label=f"seed {seed}: early-bird search")
+    try:
+        train(model, exp.diffusion, exp.images, checkpoint=draw, **options)
+    except Settled:
+        pass
+    return found
+
+
+def find_tickets(args, exp):
+    """One ticket per control round, each trained on from the step at which its mask settled."""
+    for seed in args.seeds:
+        dense, found = exp.train_dense(seed), {}
+        steps, macs = dense.spent
+        for r in args.control_rounds:
+            job, ticket, options = Job(seed, r, "ticket"), exp.new_model(seed), {}
+            mine = exp.claims is None or exp.claims.owns_chain
+            if mine and not os.path.exists(job.path(args.out)):
+                found = found or search(args, exp, seed)
+                masks, state = found[r]
+                after = state["step"], round(macs * state["step"] / steps)
+                options = dict(masks=masks, state=rewind(ticket, masks, state), after=after)
+            ticket = exp.train(job, ticket, **options)
+            compare(exp, job, ticket.masks, dense, dense, ticket.spent)
+
+
+def main(argv=None):
+    """The command line, with all flags of lth_diffusion.py."""
+    parser = make_parser(prog="methods.early_bird", description=__doc__.split("\n\n")[0])
+    run(*parse_args(argv, parser, "_early_bird"), find_tickets, jobs)
+
+
+if __name__ == "__main__":
+    main()
