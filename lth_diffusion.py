@@ -40,8 +40,7 @@ FINETUNE_LR = 0.1  # `finetune` trains at this share of --lr, since a decaying s
 STEP_K = ".step_k.pt"  # ends the name of the dense network's training state at step k
 FINISHED = "row", "config", "model", "ema", "masks", "losses"  # in a finished job's file
 CONTROLS = "reinit", "random", "finetune", "small"
-# Flags that may differ when a run goes on.
-FREE = "device data_dir out inception seeds images dense_from workers".split()
+FREE = "device data_dir out inception seeds images dense_from workers".split()  # may change later
 
 
 class Job(NamedTuple):

@@ -4,9 +4,9 @@ Models, 2020 (arXiv 2006.11239, appendix B).
     model = UNet(channels=3, **PRESETS["paper"])        # 35,746,307 parameters
     eps = model(x, t)                                   # x (B, C, H, W), t (B,) -> (B, C, H, W)
 
-Going down, each level runs its residual blocks and then halves the resolution. Going up, each block
-reads the matching activation of the way down through a skip connection, and each level but the last
-doubles the resolution. Attention sits in the middle and at chosen resolutions. Needs torch only.
+Going down, each level runs its residual blocks, then halves the resolution. Going up, each block
+reads the matching activation of the way down (a skip connection), and each level but the last
+doubles the resolution. Attention sits in the middle and where asked for. Needs torch only.
 """
 import contextlib
 import itertools
@@ -21,6 +21,7 @@ from torch import nn
 PRESETS = {
     "tiny": dict(base=24, mults=(1, 2), blocks=1, patch=2),
     "mnist": dict(base=32, mults=(1, 2), blocks=1, patch=2),
+    "cifar-small": dict(base=32, mults=(1, 2, 2), blocks=1, patch=2),
     "cifar": dict(base=64, mults=(1, 2, 2), blocks=2, attention=(8,), dropout=0.1, patch=2),
     "paper": dict(base=128, mults=(1, 2, 2, 2), blocks=2, attention=(16,), dropout=0.1),
 }

@@ -1,9 +1,9 @@
-"""Early-bird tickets: draw the mask as soon as it has settled, long before training ends (You et al.,
-Drawing Early-Bird Tickets, 2020, 1909.11957, section 3; for diffusion: Whalen et al., 2025,
+"""Early-bird tickets: draw the mask as soon as it has settled, long before training ends (You et
+al., Drawing Early-Bird Tickets, 2020, 1909.11957, section 3; for diffusion: Whalen et al., 2025,
 2504.09606).
 
     train the dense network; every 2 % of the steps, draw the mask that one cut would leave now
-    once it is near each of the five masks before: prune, and train on from there, without going back
+    once it is near each of the five masks before: prune, and train on from there, not going back
 
     python -m methods.early_bird --dataset mnist --control-rounds 3 7 10
 

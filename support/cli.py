@@ -22,7 +22,8 @@ DATASETS = {  # name -> ((channels, height, width), number of classes)
 # ancestral evaluations: one network of MNIST, 1,000 samples, 7.5; 50 evaluations 7.2, DPM++ 20 9.6.
 USUAL = dict(prediction="v", weighting="min-snr", batch=32, lr=4e-3, beta2=0.95, ema=0.995,
              sampler="ddpm", nfe=25, samples=2000)
-CIFAR = USUAL | dict(preset="cifar", steps=4000, batch=64, lr=1e-3, beta2=0.999, ema=0.999)
+CIFAR = USUAL | dict(preset="cifar-small", steps=8000)
+LARGE = USUAL | dict(preset="cifar", steps=4000, batch=64, lr=1e-3, beta2=0.999, ema=0.999)
 DEFAULTS = {
     "digits": USUAL | dict(preset="tiny", steps=560, lr=9e-3, ema=0.99, samples=500),
     "mnist": USUAL | dict(preset="mnist", steps=2000),
@@ -323,12 +324,23 @@ def fill_defaults(args):
     else:
         from support import own
         usual = own.settle(args)
+    if usual["preset"] == "cifar-small" and wants_large(args):
+        usual = usual | {name: LARGE[name] for name in LARGE if usual[name] == CIFAR[name]}
     paper = PAPER if args.preset == "paper" else {}
     for name, value in (usual | paper).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.warmup is None:
         args.warmup = max(1, args.steps // 20)
+
+
+def wants_large(args):
+    """Whether images as large as CIFAR-10's are to be learned by the network for GPUs: where there
+    is one, or where the preset asks for it."""
+    if args.preset is not None:
+        return args.preset in ("cifar", "paper")
+    import torch
+    return args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
 
 
 def folder_name(args):

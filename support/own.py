@@ -31,7 +31,8 @@ FEWEST = 20  # images
 MEASURABLE = 5  # held-out images that val_loss and precision need
 SHOWN = 3  # unreadable files that are named
 SLOW = 3.0  # seconds: what takes longer is cached
-MULTIPLE = {"tiny": 4, "mnist": 4, "cifar": 8, "paper": 8}  # that a preset's levels and patch need
+# What an image's side must be a multiple of, for a preset's levels and patch
+MULTIPLE = {"tiny": 4, "mnist": 4, "cifar-small": 8, "cifar": 8, "paper": 8}
 READING = 1  # raised when the same files would give other pixels
 progress = functools.partial(tqdm, unit="image", leave=False, delay=2, disable=None)
 

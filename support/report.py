@@ -78,7 +78,8 @@ def announce(exp, done, reasons):
              f"classifier {exp.hashes['classifier_hash']}{own_images(exp)}",
         real=f"fid_domain of {n:,} real test images: {exp.reference['fid_domain']:.2f}",
         fid=exp.why_inception,
-        model=f"U-Net {a.preset}: {sum(p.numel() for p in model.parameters()):,} parameters",
+        model=f"U-Net {a.preset}: {sum(p.numel() for p in model.parameters()):,} parameters"
+              + ("; on a GPU the default is cifar" if a.preset == "cifar-small" else ""),
         plan=f"{seeds_of(a.seeds)}; {counted(a.rounds, 'round')} "
              f"of {100 * a.prune_rate:.1f} %, to {sparsity:.1f} % sparsity; {a.scope} ranking "
              f"({a.score}); "
@@ -380,6 +381,15 @@ def draw_quality(args, rows, reference, n, note):
              if job.arm in ("dense", "ticket") and job.seed == args.seeds[0]]
     bars = " Bars: standard deviation over seeds." if len(args.seeds) > 1 else ""
     charts.line_chart(series, os.path.join(args.out, "quality_vs_sparsity.png"),
-                      "Quality of tickets and controls by sparsity", "weights pruned",
-                      "fid_domain (lower is better)", hlines=levels, x_ticks=ticks,
-                      note=note + bars)
+                      finding(rows), "weights pruned", "fid_domain (lower is better)",
+                      hlines=levels, x_ticks=ticks, note=note + bars)
+
+
+def finding(rows):
+    """The title of a picture: fid_domain of dense and of all arms of the last round, means."""
+    last, found = max(job.round for job in rows), {}
+    for job, row in rows.items():
+        if job.round == last or job.arm == "dense":
+            found.setdefault(job.arm, []).append(row["fid_domain"])
+    figures = ", ".join(f"{ARMS[arm]} {np.mean(values):.1f}" for arm, values in found.items())
+    return f"fid_domain at {sparsity_of(rows, last)} sparsity: {figures}"

@@ -289,7 +289,8 @@ def test_multiples_are_those_of_the_presets():
 
 @pytest.mark.parametrize("size, mode, extra, expected", [
     (28, "L", (), (28, "tiny")), (30, "L", (), (32, "tiny")), (5, "L", (), (8, "tiny")),
-    (33, "RGB", (), (32, "tiny")), (40, "RGB", (), (40, "cifar")), (90, "RGB", (), (64, "cifar")), (28, "RGB", (), (28, "tiny")),
+    (33, "RGB", (), (32, "tiny")), (40, "RGB", (), (40, "cifar-small")), (90, "RGB", (), (64, "cifar-small")),
+    (28, "RGB", (), (28, "tiny")),
     (28, "L", ("--preset", "cifar"), (32, "cifar")), (90, "L", ("--image-size", "32"), (32, "tiny"))])
 def test_sizes_and_presets(tmp_path, size, mode, extra, expected):
     args = flags("--images", write_shapes(tmp_path / "a", 100, mode, size), *extra)
@@ -303,7 +304,7 @@ def test_more_images_and_larger_ones_are_trained_for_longer():
     kinds = (28, True, 300), (28, False, 300), (64, False, 300), (64, False, 50_000)
     presets = [own.usual(*kind)["preset"] for kind in kinds]
     steps = [own.usual(*kind)["steps"] for kind in kinds]
-    assert presets == ["tiny", "tiny", "cifar", "cifar"] and steps == sorted(set(steps))
+    assert presets == ["tiny", "tiny", "cifar-small", "cifar-small"] and steps == sorted(set(steps))
     assert own.usual(28, True, 60_000) == cli.DEFAULTS["mnist"]
     assert own.usual(32, False, 50_000) == cli.DEFAULTS["cifar10"]
 
@@ -312,7 +313,7 @@ def test_a_large_npz_gets_a_size_that_its_preset_takes(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5700, 10, 10, 3), np.uint8)
     np.savez(tmp_path / "large.npz", pixels)
     args = flags("--images", tmp_path / "large.npz")
-    assert (args.preset, args.image_size) == ("cifar", 8) and args.dataset == "large"
+    assert (args.preset, args.image_size) == ("cifar-small", 8) and args.dataset == "large"
 
 
 def test_names_of_known_data_sets_are_not_taken(tmp_path):
@@ -472,3 +473,15 @@ def test_a_run_of_a_known_data_set_keeps_its_flags():
     args = vars(flags("--dataset", "mnist"))
     assert args.pop("images") is None and args.pop("image_size") is None
     assert args["dataset"] == "mnist" and args["samples"] == 2000 and args["out"] == "runs/mnist"
+
+
+@pytest.mark.parametrize("argv, gpu, expected", [
+    ("", False, ("cifar-small", 8000, 32)), ("", True, ("cifar", 4000, 64)),
+    ("--device cpu", True, ("cifar-small", 8000, 32)), ("--preset cifar", False, ("cifar", 4000, 64)),
+    ("--preset cifar-small", True, ("cifar-small", 8000, 32)), ("--steps 7", True, ("cifar", 7, 64)),
+    ("--preset paper", False, ("paper", 4000, 64))])
+def test_cifar_is_learned_by_a_network_that_suits_the_machine(monkeypatch, argv, gpu, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    args = flags("--dataset", "cifar10", *argv.split())
+    assert (args.preset, args.steps, args.batch) == expected
+    assert args.prediction == ("eps" if args.preset == "paper" else "v")
