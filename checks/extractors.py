@@ -28,7 +28,7 @@ def train_classifier(args, device):
     """Train the domain classifier of a data set, save it, print its test accuracy."""
     path = os.path.join(runs.HERE, "results", "classifiers", f"{args.train}.pt")
     images, labels = data.load_images(args.train, args.data_dir)
-    model = classifier.train(images, labels, device=device)
+    model = classifier.train(images, labels, device=device, **classifier.options_of(args.train))
     runs.write_torch(path, classifier.half_state(model))
     test, labels = data.load_images(args.train, args.data_dir, "test")
     right = metrics.features(model, test, logits=True)[1].argmax(1) == labels

