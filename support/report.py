@@ -20,6 +20,7 @@ COLUMNS = """seed round arm sparsity live_weights total_weights layers_at_minimu
 FROM_START = "dense", "reinit", "small"  # arms that train from step 0
 FORMS = dict(val_loss="{:.4f}", kid="{:.4f}", mean_pixel="{:.1f}")
 FAR = 4  # times the fid_domain of real images: from here on a network counts as undertrained
+ROWS = 9  # of samples in one picture, where some can be left out
 FRAMES, NOISES = 28, 4  # of the animation: pictures in time, starting noises
 SAME = "experiment", "data_hash", "classifier_hash", "threads"  # may not change in a folder
 
@@ -273,14 +274,16 @@ def draw_run(exp, sizes, to_uint8):
 
 
 def draw_sample_rows(args, rows, states, note):
-    """A row of samples per network; columns share the starting noise."""
-    tiles = []
-    for job, state in states.items():
+    """A row of samples per network; columns share the starting noise. Of many networks, those of
+    rounds with controls."""
+    tiles, few = [], [job for job in states if job.round in (0, *args.control_rounds)]
+    for job in states if len(states) <= ROWS or len(few) < 2 else few:
+        state = states[job]
         label = (f"{ARMS[job.arm]}\n{100 * rows[job]['sparsity']:.1f} % pruned\n"
                  f"fid_domain {rows[job]['fid_domain']:.1f}")
         tiles.append((label, state["pictures"][:12]))
     charts.sample_rows(tiles, os.path.join(args.out, "samples_by_sparsity.png"),
-                       "The same starting noise at every sparsity",
+                       "The same starting noise, network by network",
                        f"Each column starts from the same noise. Seed {args.seeds[0]}. {note}")
 
 
