@@ -301,8 +301,9 @@ def main(argv=None):
         rates = {one.seed: reversals(one) for one in benches}
         path = os.path.join(args.out, f"pitfalls_{a.dataset}")
         table = [one for rows in groups.values() for one in rows]
+        said = [ablation(groups[FRESH]), conclude(groups, n)]
         study.save(path, HEADER, table, exp.device, n=a.samples, draws=DRAWS,
-                   live=live, not_zero=dense, reversals=rates)
+                   live=live, not_zero=dense, reversals=rates, said=said)
         draw(groups, path + ".png",
              f"{a.dataset}, n={a.samples:,} samples, DDIM, {counted(n, 'seed')}, "
              f"round {a.rounds}. {AVERAGE}: first seed.")
@@ -312,7 +313,7 @@ def main(argv=None):
         print(f"Seed {seed}: {rate:.0%} of draws of {FEW} samples reverse ticket and dense.")
     for name, left in dense.items():
         print(f"{name}: {left:,} weights of the ticket are not 0, {live:,} should be.")
-    print(f"{ablation(groups[FRESH])}\n{conclude(groups, n)}\n{path}.csv, .json, .png")
+    print(*said, f"{path}.csv, .json, .png", sep="\n")
 
 
 if __name__ == "__main__":

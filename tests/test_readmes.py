@@ -16,7 +16,7 @@ from support import cli, report, runs
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 READMES = {name: (HERE / name / "README.md").read_text(encoding="utf-8")
-           for name in ("methods", "checks", "tests")}
+           for name in ("methods", "checks", "studies", "tests")}
 COMMANDS = sorted({command for text in READMES.values()
                    for command in re.findall(r"python (-m (?:methods|checks|studies)\.[^`\n|]*)", text)})
 
@@ -38,9 +38,9 @@ def test_tables_are_narrow_and_whole(name):
 
 
 def test_every_method_and_check_has_its_row():
-    for folder in ("methods", "checks"):
+    for folder in ("methods", "checks", "studies"):
         there = set(re.findall(rf"python -m {folder}\.(\w+)", READMES[folder]))
-        assert programs(folder) <= there <= programs(folder) | {"movement"}
+        assert programs(folder) <= there | {"common"} <= programs(folder) | {"movement", "common"}
     named = set(re.findall(r"`(test_\w+)\.py`", READMES["tests"]))
     there = {path.stem for path in (HERE / "tests").glob("test_*.py")}
     assert {name for name in there if not name.startswith("test_study_")} <= named <= there | {"test_study_NAME"}
@@ -63,7 +63,7 @@ def test_flags_of_commands_are_known(command, capsys):
     said = capsys.readouterr().out
     assert stop.value.code == 0
     for word in words:
-        known = word.isdigit() or word == "PATH" or "/" in word or word in said or word in cli.DATASETS
+        known = word.isdigit() or word in ("PATH", "FOLDERS") or "/" in word or word in said or word in cli.DATASETS
         assert known, (command, word)
 
 
