@@ -116,11 +116,6 @@ def controls_at(args, r):
     return [arm for arm in CONTROLS if arm in here]
 
 
-def rewind_step(args):
-    """k, the training step that tickets go back to."""
-    return round(args.rewind * args.steps)
-
-
 def generator_of(job):
     """The generator of masks drawn at random for a job's seed and round."""
     return torch.Generator().manual_seed(MASK_SEED + 1000 * job.round + job.seed)
@@ -150,7 +145,7 @@ class Experiment:
         self.device, _ = cli.pick_device(args.device)
         (self.images, labels), (self.test, _) = data.splits(args)
         self.diffusion = Diffusion(1000, args.schedule, args.prediction, args.weighting)
-        self.k = rewind_step(args)
+        self.k = round(args.rewind * args.steps)  # the step that tickets go back to
         self.classifier = metrics.load_classifier(args.dataset, self.images, labels)
         self.hashes = dict(data_hash=data.hash_of(args, self.images, self.test),
                            classifier_hash=runs.weights_hash(self.classifier))
@@ -261,8 +256,6 @@ class Experiment:
         model.load_state_dict(state[weights])
         return model, unpack_masks(model, state["masks"])
 
-    # What is measured
-
     def measure(self, job, model, masks, row, after, each):
         """(first samples, row of the table) of a trained model, the EMA, with its masks."""
         a, live, least = self.args, live_total(masks), at_minimum(masks)
@@ -348,7 +341,7 @@ def check_args(args):
         live -= round(args.prune_rate * live)
         if live < sum(least_kept(n, live / sum(sizes)) for n in sizes):
             cli.refuse(flag, f"round {r} would leave {live:,} weights, fewer than the "
-                       f"{len(sizes)} layers need")
+                       f"{len(sizes)} layers need: prune less, or lower --rounds")
 
 
 # --------------------------------------------------------------------------- the run

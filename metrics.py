@@ -30,8 +30,7 @@ progress = functools.partial(tqdm, leave=False, delay=2, mininterval=1, disable=
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) of two Gaussians, float64 (Heusel et al. 2017,
     1706.08500). mu [D], sigma [D, D]. ValueError for other shapes or numbers not finite."""
-    given = mu1, sigma1, mu2, sigma2
-    moments = [torch.as_tensor(v).detach().cpu().double() for v in given]
+    moments = [torch.as_tensor(v).detach().cpu().double() for v in (mu1, sigma1, mu2, sigma2)]
     shapes, d = [tuple(v.shape) for v in moments], moments[0].numel()
     finite = all(v.isfinite().all() for v in moments)
     if shapes != [(d,), (d, d), (d,), (d, d)] or not finite:

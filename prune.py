@@ -6,9 +6,10 @@
     train(model, ..., state=start, **mask_hooks(model, masks))  # pruned weights stay exactly 0.0
 
 checkpoint: all that training goes on from (see rewind), or a copy of model.state_dict() alone.
-
 Masks are {parameter name: bool tensor of its shape}, True where a weight lives. They cover Conv2d
-and Linear weights, never biases or norms. Works on any nn.Module; this file can be copied alone.
+and Linear weights: no biases, norms, embeddings, or attention weights outside Linear layers. Works
+on any nn.Module; this file can be copied alone. In a training loop of your own, call the hooks of
+mask_hooks: after_backward(step, model), and after_step(step, model, None, None) after the update.
 """
 import copy
 import math
@@ -24,7 +25,7 @@ MINIMUM = 0.1
 
 def prunable(model):
     """{name: Parameter} of every Conv2d and Linear weight, in the order of named_parameters()."""
-    names = {f"{name}.weight" for name, module in model.named_modules()
+    names = {f"{name}.weight".lstrip(".") for name, module in model.named_modules()
              if isinstance(module, (nn.Conv2d, nn.Linear))}
     return {name: p for name, p in model.named_parameters() if name in names}
 
@@ -57,7 +58,10 @@ def prune_magnitude(model, masks, fraction, scope="global", layer_fractions=None
     prune_scores takes. ValueError for an unknown score."""
     if score not in SCORES:
         raise ValueError(f"score={score!r}: choose {', '.join(SCORES)}")
-    scores = {name: SCORES[score](p.detach(), masks[name]) for name, p in prunable(model).items()}
+    layers = prunable(model)
+    if any(name not in masks or masks[name].shape != p.shape for name, p in layers.items()):
+        raise ValueError("these masks are of another network")
+    scores = {name: SCORES[score](p.detach(), masks[name]) for name, p in layers.items()}
     if scope == "ramp" and layer_fractions is None:
         layer_fractions = ramp_rates(model, fraction)
     return prune_scores(scores, masks, fraction, scope, layer_fractions)
@@ -100,6 +104,8 @@ def prune_scores(scores, masks, fraction, scope="global", layer_fractions=None):
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction={fraction} must lie in [0, 1)")
+    if not scores:
+        raise ValueError("there are no Conv2d or Linear weights to prune")
     for name, score in scores.items():
         if not bool(torch.isfinite(score).all()):
             raise FloatingPointError(f"{name} has scores that are not finite: cannot rank them")
@@ -287,7 +293,8 @@ def mask_hooks(model, masks):
     factors = [torch.empty_like(p).copy_(masks[name]) for name, p in layers.items()]
 
     def after_backward(step, model):
-        torch._foreach_mul_([p.grad for p in weights], factors)
+        used = [(p.grad, one) for p, one in zip(weights, factors) if p.grad is not None]
+        torch._foreach_mul_(*map(list, zip(*used)))
 
     @torch.no_grad()
     def after_step(step, model, optimizer, ema):
@@ -349,5 +356,6 @@ def load_ticket(path, model=None):
         raise
     except Exception as error:  # torch.load fails in a dozen ways on a damaged file
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise OSError(f"{path} is not a whole ticket of this network ({why})") from error
+        raise OSError(f"{path} is not a whole ticket of this network, or that must be passed as "
+                      f"model ({why})") from error
     return model, masks

@@ -24,6 +24,8 @@ ALIKE = "dataset", "samples", "sampler", "nfe"  # flags
 HEADER = ["run", "arm", "round", "sparsity", "seeds", "fid_domain", "sd", "val_loss",
           "train_steps_total"]
 GAPS = ["sparsity", "run", "less", "seeds", "fid_domain", "low", "high"]
+LEGEND = ("sd: standard deviation over seeds. fid_domain in the second table: tickets of `run` "
+          "minus those of `less`, seed by seed; low, high: 90 % interval, from three seeds on.")
 NEAR = 0.005  # sparsities closer than this are compared
 
 
@@ -124,7 +126,7 @@ def main(argv=None):
                 f"with {flags['nfe']} evaluations; means over seeds.")
         draw(table, path + ".png", note)
     shown = [[f"{v:.4g}" if isinstance(v, float) else v for v in row.values()] for row in table]
-    print(charts.text_table(HEADER, shown), "", charts.text_table(GAPS, gaps), "",
+    print(charts.text_table(HEADER, shown), "", charts.text_table(GAPS, gaps), "", LEGEND,
           f"{path}.csv, .json, .png", sep="\n")
 
 

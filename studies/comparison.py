@@ -77,7 +77,7 @@ def run(name, flags, done):
     """
     module, own = METHODS[name]
     args, _ = lth.parse_args(flags)
-    before = done.setdefault((args.steps, lth.rewind_step(args)), [])
+    before = done.setdefault((args.steps, round(args.rewind * args.steps)), [])
     for source in before:
         take_dense(source, args)
     before.append(args.out)

@@ -230,10 +230,12 @@ def add_pruning_flags(parser, controls, scores):
              "grow with depth (ramp) or follow layer shape (erk)")
     add("--score", choices=list(scores),
         help="what is ranked: |w| (magnitude), |w| over its layer's root mean square (normalized), "
-             f"LAMP, or a score of one's own (default: {SCORE})")
+             f"LAMP, or a score of one's own (default: {SCORE}; within layers, where the first "
+             "three rank alike: magnitude)")
     add("--controls", nargs="*", choices=controls,
         help="compare tickets with: the same mask on new weights (reinit), a random mask, "
-             "fine-tuning, a narrower dense network (small) (default: reinit random)")
+             "fine-tuning, a narrower dense network (small) (default: reinit random; without a "
+             "name after it: none)")
     add("--dense-from", type=path, metavar="runs/NAME",
         help="take over the dense networks of a run that differs in how it prunes only")
     add("--control-rounds", nargs="+", type=positive_int, metavar="R",

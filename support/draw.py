@@ -21,6 +21,7 @@ from support import charts, cli, ranks, runs
 FLAGS = ("source", "samples", "out", "sampler", "nfe", "seed", "device", "precision", "schedule",
          "prediction")
 TRAINED = "schedule", "prediction"  # with which a network was trained: no choice is left
+PICTURES = ".png", ".jpg", ".jpeg"
 GRID = 100  # images in the grid, at most
 RECORD = "drawn.json"  # what this command has written to a folder
 UNFINISHED = re.compile(r"(\d{5,}\.png|samples\.(png|npz)|drawn\.json)\.[0-9a-f]{16}\.part")
@@ -214,6 +215,11 @@ def check_folder(out, n):
         if name not in ours and os.path.lexists(path):
             raise OSError(f"argument --out: {path} is there, but not of ddpm.py --from: choose "
                           "another folder")
+    if before is None and os.path.isdir(out):
+        if others := [name for name in os.listdir(out) if name.lower().endswith(PICTURES)]:
+            raise OSError(f"argument --out: {out} holds images of another source "
+                          f"({sorted(others)[0]}): drawn ones would mix with them; choose another "
+                          "folder")
 
 
 def write(out, drawn, record):

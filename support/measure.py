@@ -16,9 +16,8 @@ from support import charts, cli, data, draw, quality, runs
 SUFFIXES = ".png", ".jpg", ".jpeg"
 # Modes of Pillow, and what they are read as; 16 bits and floats would lose what they say.
 MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB"}
-# Few points make large balls: against drawn digits or MNIST, in the features of either classifier,
-# uniform noise scores a precision of up to 0.97 at n = 64, and of up to 0.02 at 250 (three draws).
-ENOUGH = 250
+ENOUGH = quality.ENOUGH
+FEWEST = 20  # images that a classifier is trained on
 MOST = 10_000  # images of each side behind KID, precision and recall, whose cost grows with n^2
 HEADER = "images", "n", "FID", "KID", "+-", "precision", "recall", "classes"
 KINDS = f"a folder of images, an .npz file, or a data set ({', '.join(cli.DATASETS)})"
@@ -170,7 +169,8 @@ def read_npz(path):
     except MemoryError:
         raise
     except Exception as error:  # numpy, zipfile and zlib raise their own kinds
-        raise OSError(f"{path} cannot be read: {cli.first_line(error)}") from error
+        why = "it holds Python objects" if "allow_pickle" in str(error) else cli.first_line(error)
+        raise OSError(f"{path} cannot be read: {why}") from error
     array = array[..., None] if array.ndim == 3 else array
     fits = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3)
     if not fits or 0 in array.shape:
@@ -186,9 +186,7 @@ def choose(args, sides, metrics):
     device, _ = cli.pick_device(args.device)
     name = args.extractor or ("inception" if args.inception else fitting(sides))
     if name is None and not has_inception(args.data_dir, metrics):
-        raise cli.Mistake(f"no classifier in results/classifiers fits {sides[0]} and {sides[1]}, "
-                          f"and there is no Inception checkpoint: give {way_out(sides)}--extractor "
-                          "inception, which fetches it, or --inception PATH")
+        return trained_on(sides, metrics, device)
     if name in (None, "inception"):
         model = metrics.load_inception(args.inception, args.data_dir)
         return Extractor("Inception, 2,048 an image", model.to(device), False)
@@ -219,11 +217,25 @@ def fitting(sides):
     return fits[0] if fits else None
 
 
-def way_out(sides):
-    """The flag that trains a classifier of a data set that is named, as text."""
-    shapes = {tuple(side.images.shape[1:]) for side in sides}
-    named = [side.dataset for side in sides if side.dataset and len(shapes) == 1]
-    return f"--extractor {named[0]}, which trains one, " if named else ""
+def trained_on(sides, metrics, device):
+    """An Extractor trained on REAL, where none is there that fits: it learns by which of four
+    rotations an image was turned. Mistake where that cannot be."""
+    real, fake = sides
+    sizes = {tuple(side.images.shape[1:]) for side in sides}
+    what = ("and no Inception checkpoint is here, which takes any size: give --extractor "
+            "inception, which fetches it, or --inception PATH")
+    if len(sizes) > 1:
+        raise cli.Mistake(f"{real} and {fake}: a classifier needs one size, {what}")
+    if real.dataset or fake.dataset:
+        name = real.dataset or fake.dataset
+        raise cli.Mistake(f"no classifier of {name} is in results/classifiers, {what}; "
+                          f"or --extractor {name} trains one")
+    if len(real.images) < FEWEST or real.images.shape[2] != real.images.shape[3]:
+        raise cli.Mistake(f"{real}: a classifier is trained on {FEWEST} square images or more, "
+                          f"{what}")
+    model = metrics.load_classifier("own_rotations", real.images).to(device)
+    return Extractor(f"a classifier trained on {real.name} to tell rotations, 64 an image; "
+                     "compare with figures of the same REAL only", model, False)
 
 
 def has_inception(data_dir, metrics):

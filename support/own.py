@@ -135,7 +135,8 @@ def says(args, model, accuracy):
     own = of(args)
     some = own.test[:1000], None if own.truth is None else own.truth[:1000]  # seconds, not minutes
     right = f"{100 * accuracy(model, *some):.0f} % right on held-out images"
-    few = "; few held-out images: figures are noisy" if len(own.test) < 100 else ""
+    n = len(own.test)
+    few = f"; measured with as many samples as are held out, {n}: noisy" if n < 100 else ""
     _, channels, size, _ = own.train.shape
     shape = f"{size} x {size} pixels, {'colour' if channels == 3 else 'grey'}"
     task = f"trained on their {len(own.classes)} classes"

@@ -22,13 +22,13 @@ PICTURES = {
         "to see when an image changes or breaks.",
     "quality_vs_sparsity.png":
         "Quality by sparsity, lower is better: a winning ticket stays near or below the dashed "
-        "line of the dense network where reinit and the random mask rise above it.",
+        "line of the dense network where its controls rise above it.",
     "layers.png":
-        "Where the weights are left: a row per layer, a column per round; dark layers are nearly "
-        "empty, and * marks those at the minimum that pruning leaves them.",
+        "Where the remaining weights are: a row per layer, a column per round; dark layers are "
+        "nearly empty, and * marks those at the minimum that pruning leaves them.",
     "losses.png":
-        "Training losses: tickets begin at the early step they go back to; curves that end "
-        "together have learnt equally well, whatever their samples look like.",
+        "Training losses: the early part of a ticket's curve is that of the dense network; equal "
+        "final losses do not imply equal samples.",
 }
 STYLE = """
 :root { color-scheme: light dark; --ink: #222; --soft: #5c5c5c; --rule: #dcdcdc; --back: #fff;
@@ -105,11 +105,11 @@ def write(exp, rows, header, table, said):
         "What came out": nested(said),
         "The table": html_table(header, table) + definitions(legend(header)),
         "Pictures": "".join(figure(a.out, name, text) for name, text in PICTURES.items()),
-        "What each network asks": definitions((ARMS[arm], ASKS[arm]) for arm in arms_in(rows)),
+        "What each network tests": definitions((ARMS[arm], ASKS[arm]) for arm in arms_in(rows)),
         "What it cost": cost(rows),
         "Where the figures come from": definitions(provenance(exp, facts)),
         "How to cite": cite(facts),
-        "How to make it again": again(exp, facts),
+        "How to reproduce this run": again(exp, facts),
     }
     body = "\n".join(f"<h2>{escape(name)}</h2>\n{text}" for name, text in sections.items())
     path = os.path.join(a.out, "report.html")
@@ -221,10 +221,11 @@ def asked(exp, rows, facts):
             f"{counted(a.steps, 'step')} of {counted(a.batch, 'image')}. {facts['method']} pruned "
             f"it in {counted(a.rounds, 'round')}; the tickets have {listed(levels.values())} "
             f"sparsity (ranking: {a.scope}) and go back to step {exp.k:,}. {compared}. "
-            f"All this with {counted(len(a.seeds), 'seed')}. Every network is measured by "
+            f"{counted(len(a.seeds), 'seed')} {'was' if len(a.seeds) == 1 else 'were'} run. "
+            "Every network is measured by "
             f"{counted(a.samples, 'sample')}, drawn by the {a.sampler} sampler in "
-            f"{counted(a.nfe, 'network evaluation')}; real images, for reference, are "
-            f"{len(exp.real):,} of the test set.")
+            f"{counted(a.nfe, 'network evaluation')}; {len(exp.real):,} test images serve as the "
+            "reference.")
 
 
 COSTS = {"steps": ("steps", 1, ",.0f"), "train_steps_total": ("steps in all", 1, ",.0f"),
@@ -252,8 +253,9 @@ def cost(rows):
         "A mask saves no seconds on dense hardware, which multiplies zeros like any other number; "
         "only channel tickets, which are smaller networks, do. MACs (multiply-accumulates) count "
         "what a network that skipped its zeros would have to do.",
-        "In all: with the trainings that the network came from. A training step counts as three "
-        "evaluations per image. Memory: the most that was held; on a CPU, the program included. "
+        "'In all' includes the training runs that this network was derived from. A training step "
+        "counts as three evaluations per image. Memory is the peak; on a CPU it includes the "
+        "program itself. "
         f"All {counted(len(rows), 'training run')} together trained for {clock(total)}."]
     return html_table(header, table) + "".join(map(paragraph, read))
 
@@ -271,7 +273,7 @@ def provenance(exp, facts):
     yield "seeds", ", ".join(map(str, a.seeds))
     yield "data", f"{a.dataset}, hash {facts['data_hash']}"
     yield "classifier", f"of the domain metrics, hash {facts['classifier_hash']}"
-    yield "margin", f"{facts['margin']:.0%} of dense still count as equal to dense"
+    yield "margin", f"a difference of up to {100 * facts['margin']:g} % of dense counts as equal"
 
 
 def cite(facts):

@@ -8,6 +8,7 @@ import torch
 
 from support import charts, classifier, cli, own, page, ranks, runs
 from support.claims import HELPER
+from support.quality import ENOUGH
 from support.verdict import verdicts
 from support.words import ARMS, QUALITY, clock, counted, legend, seeds_of
 
@@ -84,11 +85,20 @@ def announce(exp, done, reasons):
         plan=f"{seeds_of(a.seeds)}; {counted(a.rounds, 'round')} "
              f"of {100 * a.prune_rate:.1f} %, to {sparsity:.1f} % sparsity; {a.scope} ranking "
              f"({a.score}); "
-             f"back to step {exp.k:,} of {a.steps:,}",
+             f"back to step {exp.k:,} of {a.steps:,}; controls: {controls_of(a)}",
         jobs=f"{len(exp.planned)} training runs, {len(done)} of them done"
              + (f"; about {clock(left)} to go here" if left else ""))
     for name, text in lines.items():
         print(f"{name:<8} {text}", flush=True)
+
+
+def controls_of(args):
+    """reinit, random mask in rounds 5, 10; none."""
+    if not args.controls:
+        return "none"
+    rounds = ", ".join(map(str, args.control_rounds))
+    return (f"{', '.join(ARMS[arm] for arm in args.controls)} in round"
+            f"{'s' * (len(args.control_rounds) > 1)} {rounds}")
 
 
 def own_images(exp):
@@ -189,6 +199,16 @@ def figures_of(arms, metric, reference):
     return figures + real
 
 
+def without_verdict(rows, number, reference):
+    """A line for a round that lacks what a verdict needs: its figures, and what is missing."""
+    arms = {arm: values for arm, values in arms_of(rows, number).items() if values}
+    missing = [ARMS[arm] for arm in ("reinit", "random") if arm not in arms]
+    missing += [] if len(arms["dense"]) > 2 else ["three seeds (--seeds 0 1 2)"]
+    return (f"At {sparsity_of(rows, number)} sparsity, fid_domain: "
+            f"{figures_of(arms, 'fid_domain', reference)}: no verdict; it needs "
+            f"{page.listed(missing)}.")
+
+
 def remarks(args, rows, reference):
     """What holds for the whole table. FID is a squared distance: at FAR = 4 times the figure of
     real images, samples are twice as far from the training images as real ones are."""
@@ -197,6 +217,8 @@ def remarks(args, rows, reference):
     if mean > FAR * real:
         yield (f"The dense network is undertrained: fid_domain {mean:.1f}, real images {real:.1f}. "
                "Compare arms, not absolute values.")
+    if args.samples < ENOUGH:
+        yield (f"Precision and recall are left out: below {ENOUGH} samples noise can score high.")
     if args.samples < 10_000:
         yield (f"FID from {args.samples:,} samples: not comparable with papers, only within this "
                "table.")
@@ -219,6 +241,9 @@ def write_table(exp, margin):
     write_results(a.out, exp.planned, rows)
     header, table = summarise(rows, exp.reference, n)
     said = conclude(a, rows, found, exp.reference)
+    if not compared and any(job.arm == "ticket" for job in rows):
+        last = max(job.round for job in rows if job.arm == "ticket")
+        said = f"{without_verdict(rows, last, exp.reference)}\n{said}"
     explained = legend(header)
     wide = max(len(name) for name, _ in explained)
     lines = "\n".join(f"{name:<{wide}}  {text}" for name, text in explained)
@@ -263,7 +288,7 @@ def draw_run(exp, sizes, to_uint8):
     sizes: {layer: its weights}; to_uint8: of ddpm."""
     a, rows = exp.args, rows_of(exp)
     states = {job: runs.load_state(job.path(a.out)) for job in rows if job.seed == a.seeds[0]}
-    note = (f"{a.dataset}, U-Net {a.preset}, {a.steps:,} steps of {a.batch}, back to step "
+    note = (f"Data: {a.dataset}. U-Net {a.preset}, {a.steps:,} steps of {a.batch}, back to step "
             f"{exp.k:,}; {a.sampler} with {a.nfe} network evaluations; {a.samples:,} samples; "
             f"{seeds_of(a.seeds)}.")
     draw_sample_rows(a, rows, states, note)
@@ -284,7 +309,12 @@ def draw_sample_rows(args, rows, states, note):
         tiles.append((label, state["pictures"][:12]))
     charts.sample_rows(tiles, os.path.join(args.out, "samples_by_sparsity.png"),
                        "The same starting noise, network by network",
-                       f"Each column starts from the same noise. Seed {args.seeds[0]}. {note}")
+                       f"Each column starts from the same noise.{shown_of(args)} {note}")
+
+
+def shown_of(args):
+    """Which seed a picture shows, where there are several."""
+    return f" Shown: seed {args.seeds[0]}." if len(args.seeds) > 1 else ""
 
 
 def draw_denoising(exp, states, to_uint8, note):
@@ -302,8 +332,8 @@ def draw_denoising(exp, states, to_uint8, note):
              if exp.args.sampler == "ddpm" else "")
     times = [f"{k} of {exp.args.nfe} evaluations" for k in moments(exp.args.nfe)]
     charts.animation(blocks, times, os.path.join(exp.args.out, "denoising.gif"),
-                     "From noise to image", "The same starting noise for every network. Seed "
-                     f"{exp.args.seeds[0]}.{other} {note}")
+                     "From noise to image", "The same starting noise for every network."
+                     f"{shown_of(exp.args)}{other} {note}")
 
 
 def moments(evaluations):
@@ -329,14 +359,23 @@ def draw_losses(args, rows, states, note):
     for job, state in states.items():
         if job.round in (0, *args.control_rounds):
             steps, losses = zip(*state["losses"])
-            style = "solid" if job.arm in ("dense", "ticket") else "dashed"
-            kept = 100 * (1 - rows[job]["sparsity"])
-            label = f"{ARMS[job.arm]} {kept:.0f} %"
-            series.append(dict(label=label, x=steps, y=losses, style=style))
+            style = "solid" if job.round in (0, args.control_rounds[-1]) else "dashed"
+            label = f"{ARMS[job.arm]} {100 * rows[job]['sparsity']:.0f} %"
+            series.append(dict(label=label, x=steps, y=losses, style=style) | look_of(job.arm))
     charts.line_chart(series, os.path.join(args.out, "losses.png"), "Training loss", "step",
                       f"mean squared error on {args.prediction}", log_y=True,
-                      note="Percentages: weights kept. Means over 1 % of the steps. Seed "
-                           f"{args.seeds[0]}. {note}")
+                      note="Percentages: weights pruned. Means over 1 % of the steps. "
+                           f"{note}")
+
+
+def look_of(arm):
+    """The colour and marker of an arm, the same in every picture of a run."""
+    if arm == "dense":
+        return dict(colour="#555555", shape=None)
+    place = [name for name in ARMS if name != "dense"].index(arm)
+    shapes = list(charts.SHAPES)
+    return dict(colour=charts.PALETTE[place % len(charts.PALETTE)],
+                shape=shapes[place % len(shapes)])
 
 
 def draw_layers(args, rows, states, sizes, note):
@@ -379,7 +418,8 @@ def draw_quality(args, rows, reference, n, note):
             series.append(dict(label=label, x=list(by_round), y=means,
                                dots=groups if seeds > 1 else [],
                                y_low=np.subtract(means, error), y_high=np.add(means, error),
-                               style="solid" if arm == "ticket" else "points"))
+                               style="solid" if arm == "ticket" else "points",
+                               **look_of(arm)))
     ticks = [(job.round, f"{100 * row['sparsity']:.0f} %") for job, row in rows.items()
              if job.arm in ("dense", "ticket") and job.seed == args.seeds[0]]
     bars = " Bars: standard deviation over seeds." if len(args.seeds) > 1 else ""

@@ -29,7 +29,7 @@ QUALITY = dict(fid_domain="fid_domain", precision_domain="prec.", recall_domain=
                inception_score="IS", precision="prec. (I)", recall="recall (I)")
 # name in the table -> what it says; several seeds show mean ± standard deviation
 LEGEND = {
-    "round": "how often was pruned and trained again; 0: the dense network",
+    "round": "number of prune-and-retrain rounds; 0: the dense network",
     "arm": "which network",
     "pruned": "share of the prunable weights (convolutions, linear layers) that are exactly 0",
     "live weights": "prunable weights that are left",
@@ -39,7 +39,7 @@ LEGEND = {
     "prec.": "share of samples that lie near a real image, same features; higher is better",
     "recall": "share of real images that lie near a sample, same features; higher is better",
     "classes": "share of samples that would have to change class to meet the data's shares",
-    "pixel": "mean brightness, 0 to 255; as near to that of real images as possible",
+    "pixel": "mean brightness, 0 to 255; should be close to that of real images",
     "fid": "Frechet distance in Inception's features; lower is better",
     "kid": "squared kernel distance (MMD) in Inception's features; lower is better",
     "IS": "Inception score; higher is better",

@@ -303,3 +303,14 @@ def test_a_config_of_another_library_stays_out_of_the_ticket(tmp_path):
         assert torch.load(path, weights_only=True)["facts"] == dict(task="any", rounds=3)
         with pytest.raises(OSError, match="pass the network as model"):
             load_ticket(path)
+
+
+def test_a_folder_of_other_peoples_images_is_left_alone(tmp_path, capsys):
+    """Drawn images beside photographs would be trained on by the next --images."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "cat.JPG").write_bytes(b"")
+    with pytest.raises(OSError, match="--out: .*mine holds images of another source .cat.JPG."):
+        draw.check_folder(str(tmp_path / "mine"), 4)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("")
+    draw.check_folder(str(tmp_path / "notes"), 4)

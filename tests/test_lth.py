@@ -84,7 +84,7 @@ def test_a_ticket_that_prunes_nothing_is_the_dense_run(quick, tmp_path, module, 
         assert other["losses"] == dense["losses"]
         assert all(other["row"][column] == dense["row"][column] for column in
                    ("fid_domain", "val_loss", "val_loss_t4", "mean_pixel", "classes_domain"))
-    columns = "fid_domain", "val_loss", "recall_domain", "live_weights", "macs_live"
+    columns = "fid_domain", "val_loss", "classes_domain", "live_weights", "macs_live"
     rows = [[row[column] for column in columns] for row in results(out) if row["arm"] != "probe"]
     assert len(rows) == 3 and rows[0] == rows[1] == rows[2]
 

@@ -171,7 +171,7 @@ def test_bad_folders_end_in_one_line(tmp_path, capsys, kind):
 @pytest.mark.parametrize("arrays, named", [
     (dict(images=np.zeros((5, 28, 28))), "float64"), (dict(images=np.zeros((5, 3, 28, 28), np.uint8)), "[N, H, W, C]"),
     (dict(images=np.zeros((0, 28, 28), np.uint8)), "[0, 28, 28"), (dict(mu=np.zeros(3), sigma=np.eye(3)), "mu, sigma"),
-    ({}, "nothing"), (dict(images=np.array([{}])), "pickle"), (dict(images=np.zeros(5, np.uint8)), "[5]"),
+    ({}, "nothing"), (dict(images=np.array([{}])), "Python objects"), (dict(images=np.zeros(5, np.uint8)), "[5]"),
 ])
 def test_bad_arrays_end_in_one_line(tmp_path, capsys, arrays, named):
     path = npz(tmp_path / "a b.npz", **arrays)
@@ -230,9 +230,27 @@ def test_without_a_classifier_that_fits_it_says_what_to_pass(elsewhere, capsys):
     assert "classifier of mnist takes images of 1 x 28 x 28" in said
 
 
+def test_images_of_ones_own_are_measured_by_a_classifier_trained_on_them(elsewhere, capsys):
+    """Of a size that no committed classifier takes; few, oblong or named ones are refused with the way out."""
+    bars = np.array([[(i // k + s) % 2 for i in range(20)] for k in (1, 2, 4) for s in (0, 1)] * 5)
+    real = np.broadcast_to(200 * bars[:, None, :, None], (30, 1, 20, 20)).astype(np.uint8) + noise(30, 1, 20) // 8
+    save(elsewhere / "real", real)
+    save(elsewhere / "near", real[::-1][:25])
+    save(elsewhere / "far", noise(25, 1, 20))
+    found = []
+    for other in "near", "far":
+        metrics.main(["real", other])
+        said = capsys.readouterr().out
+        assert "a classifier trained on real to tell rotations" in said
+        found.append(float(row(said, other)["FID"]))
+    assert found[0] < found[1]
+    save(elsewhere / "few", noise(5, 1, 20))
+    assert "20 square images or more" in refusal(capsys, "few", "far")
+
+
 def test_inception_without_a_checkpoint_is_refused_with_the_way_to_get_it(elsewhere, capsys):
     for flags in (["--extractor", "inception"], ["--inception", "nowhere.pth"]):
-        said = refusal(capsys, save(elsewhere / "a", noise(3, 3, 32)), "a", *flags)
+        said = refusal(capsys, save(elsewhere / "a", noise(3, 3, 40)), "a", *flags)
         assert "curl -L --create-dirs -o" in said and metrics.INCEPTION_URL + metrics.INCEPTION_FILE in said
     (elsewhere / "data").mkdir()
     (elsewhere / "data" / metrics.INCEPTION_FILE).write_text("not the checkpoint")

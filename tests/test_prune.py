@@ -782,3 +782,41 @@ def test_layers_at_their_minimum_are_counted():
     left = prune_magnitude(model, dense_masks(model), 0.8)
     assert "conv_out.weight" in at_minimum(left) and at_minimum(dense_masks(model)) == []
     assert "conv_out.weight" not in at_minimum(prune_magnitude(model, dense_masks(model), 0.8, "layer"))
+
+
+# ----------------------------------------------------------------------------------- models of other people
+
+def test_a_bare_layer_and_an_unused_one():
+    """The root itself may be the layer; a layer that the loss does not reach has no gradient."""
+    assert list(prune.prunable(nn.Linear(3, 3))) == ["weight"]
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.used(x)
+    model = Half()
+    masks = prune_magnitude(model, dense_masks(model), 0.5)
+    apply_masks(model, masks)
+    hooks, opt = prune.mask_hooks(model, masks), torch.optim.Adam(model.parameters(), 0.1)
+    for step in range(3):
+        model(torch.randn(4, 6)).square().sum().backward()
+        hooks["after_backward"](step, model)
+        opt.step()
+        hooks["after_step"](step, model, None, None)
+    for name, p in prune.prunable(model).items():
+        assert not p[~masks[name]].any() and p[masks[name]].all()
+
+
+def test_mistakes_with_models_are_named(tmp_path):
+    with pytest.raises(ValueError, match="no Conv2d or Linear weights"):
+        prune_magnitude(nn.Sequential(nn.ReLU()), {}, 0.2)
+    a, b = nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(4, 4))
+    for masks in dense_masks(b), {}:
+        with pytest.raises(ValueError, match="masks are of another network"):
+            prune_magnitude(a, masks, 0.2)
+    prune.save_ticket(tmp_path / "a.ticket", a, dense_masks(a))
+    with pytest.raises(OSError, match="passed as model"):
+        prune.load_ticket(tmp_path / "a.ticket")
