@@ -188,7 +188,7 @@ def add_training_flags(parser, presets):
              "of uint8 [N, H, W, C]")
     add("--image-size", metavar="N", type=positive_int,
         help="pixels that --images are resized to (default: as they are, at most 64)")
-    add("--preset", choices=list(presets), help="which U-Net (default: by data set)")
+    add("--preset", choices=presets, help="which U-Net (default: by data set)")
     add("--steps", type=positive_int, help="training steps of a dense run")
     add("--batch", type=positive_int, help="images per step")
     add("--lr", type=positive_float, help="peak learning rate")
@@ -228,7 +228,7 @@ def add_pruning_flags(parser, controls, scores):
     add("--scope", choices=["global", "layer", "ramp", "erk"], default="global",
         help="rank weights over the network (global), within each layer (layer), with rates that "
              "grow with depth (ramp) or follow layer shape (erk)")
-    add("--score", choices=list(scores),
+    add("--score", choices=scores,
         help="what is ranked: |w| (magnitude), |w| over its layer's root mean square (normalized), "
              f"LAMP, or a score of one's own (default: {SCORE}; within layers, where the first "
              "three rank alike: magnitude)")

@@ -392,3 +392,15 @@ def test_run_all_knows_every_data_set(tmp_path):
         assert done.returncode == 0 and f"--dataset {name}" in done.stdout, done.stderr
     done = shell(tmp_path, "mnits", PYTHON=new)
     assert done.returncode == 2 and "'mnits' is none of: digits mnist fashion" in done.stderr
+
+
+@pytest.mark.parametrize("flags, said", [("--datset mnist", "unrecognized arguments: --datset"),
+                                         ("--rounds 0", "--rounds: 0 is not a positive"), ("--seeds", "--seeds")])
+def test_a_typing_error_is_answered_before_torch_is_loaded(tmp_path, flags, said):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    done = subprocess.run([sys.executable, "lth_diffusion.py", *flags.split()], cwd=runs.HERE, text=True,
+                          capture_output=True, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert done.returncode == 2 and said in done.stderr and not done.stdout
+    done = subprocess.run([sys.executable, "lth_diffusion.py", "--preset", "mnist"], cwd=runs.HERE, text=True,
+                          capture_output=True, env=os.environ | dict(PYTHONPATH=str(tmp_path)))
+    assert "torch was imported" in done.stderr and done.stdout.startswith("starting")
