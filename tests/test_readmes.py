@@ -16,7 +16,7 @@ from support import cli, report, runs
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 READMES = {name: (HERE / name / "README.md").read_text(encoding="utf-8")
-           for name in ("methods", "checks", "studies", "tests")}
+           for name in ("methods", "checks", "studies", "tests", "results")}
 COMMANDS = sorted({command for text in READMES.values()
                    for command in re.findall(r"python (-m (?:methods|checks|studies)\.[^`\n|]*)", text)})
 
