@@ -360,7 +360,8 @@ def draw_losses(args, rows, states, note):
         if job.round in (0, *args.control_rounds):
             steps, losses = zip(*state["losses"])
             style = "solid" if job.round in (0, args.control_rounds[-1]) else "dashed"
-            label = f"{ARMS[job.arm]} {100 * rows[job]['sparsity']:.0f} %"
+            pruned = f" {100 * rows[job]['sparsity']:.0f} %" if job.round else ""
+            label = ARMS[job.arm] + pruned
             series.append(dict(label=label, x=steps, y=losses, style=style) | look_of(job.arm))
     charts.line_chart(series, os.path.join(args.out, "losses.png"), "Training loss", "step",
                       f"mean squared error on {args.prediction}", log_y=True,
