@@ -293,8 +293,9 @@ def mask_hooks(model, masks):
     factors = [torch.empty_like(p).copy_(masks[name]) for name, p in layers.items()]
 
     def after_backward(step, model):
-        used = [(p.grad, one) for p, one in zip(weights, factors) if p.grad is not None]
-        torch._foreach_mul_(*map(list, zip(*used)))
+        for p, factor in zip(weights, factors):
+            if p.grad is not None:  # a layer that the loss does not reach has none
+                p.grad.mul_(factor)
 
     @torch.no_grad()
     def after_step(step, model, optimizer, ema):
@@ -340,7 +341,7 @@ def load_ticket(path, model=None):
                 raise ValueError("a flipped bit")
         ticket = torch.load(path, weights_only=True, map_location="cpu")
         if model is None:
-            from unet import UNet
+            from unet import UNet  # not there: pass your network as model
             if "mults" not in (ticket["config"] or {}):
                 raise ValueError("it has no U-Net's config: pass the network as model")
             model = UNet(**ticket["config"])
@@ -356,6 +357,5 @@ def load_ticket(path, model=None):
         raise
     except Exception as error:  # torch.load fails in a dozen ways on a damaged file
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        raise OSError(f"{path} is not a whole ticket of this network, or that must be passed as "
-                      f"model ({why})") from error
+        raise OSError(f"{path} is not a whole ticket of this network ({why})") from error
     return model, masks

@@ -1,5 +1,5 @@
 """Early-bird tickets: draw the mask as soon as it has settled, long before training ends (You et
-al., Drawing Early-Bird Tickets, 2020, 1909.11957, section 3; for diffusion: Whalen et al., 2025,
+al., Drawing Early-Bird Tickets, 2020, 1909.11957; for diffusion: Whalen et al., 2025,
 2504.09606).
 
     train the dense network; every 2 % of the steps, draw the mask that one cut would leave now
@@ -10,7 +10,7 @@ al., Drawing Early-Bird Tickets, 2020, 1909.11957, section 3; for diffusion: Wha
 One ticket per control round, of that round's density. Search and training together take as many
 steps as the dense network alone. Distance of two masks: the share of weights that are in one only,
 over those that both could differ in, 2 (1 - density): the threshold then means the same at every
-density. (You et al. prune 30 to 70 % of channels and divide by all of them.)
+density. A mask that has not settled after half of the steps is taken as it is, with a note.
 """
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module, from the repository's folder:  "
@@ -26,7 +26,7 @@ from methods.oneshot import compare, cut_at, jobs
 from prune import dense_masks, density, prune_magnitude, rewind
 
 EVERY = 0.02  # of the steps: how often a mask is drawn
-BEFORE, NEAR = 5, 0.1  # masks before that the new one must be near to; 1909.11957, section 3.2
+BEFORE, NEAR = 5, 0.1  # masks that the new one must be near to (1909.11957: five epochs, 0.1)
 LATEST = 0.5  # of the steps: here the search ends, settled or not
 
 
@@ -59,6 +59,9 @@ def search(args, exp, seed, follow=None):
                 follow(step, r, distances)
             settled = len(known) == BEFORE and max(distances) < NEAR
             if settled or step + every > latest:
+                if not settled:
+                    print(f"note: seed {seed} round {r}: the mask has not settled after {step:,} "
+                          "steps and is taken as it is", flush=True)
                 found[r] = masks, copy.deepcopy(get_state())
             known.append(masks)
         if len(found) == len(args.control_rounds):

@@ -22,7 +22,7 @@ import numpy as np
 from scipy import stats
 
 from studies.common import Study, over_seeds
-from support import charts, cli, runs
+from support import charts, cli, report, runs
 from support.verdict import verdict
 from support.words import ARMS, seeds_of
 
@@ -237,7 +237,8 @@ def draw(part, config, rows, curves, path, note):
                  sorted({r for _, r, its in rows if its == arm})}
         series.append(dict(label=ARMS[arm], x=list(found), dots=list(found.values()),
                            y=[np.mean(one) for one in found.values()],
-                           style="solid" if arm == "ticket" else "points"))
+                           style="solid" if arm == "ticket" else "points",
+                           **report.look_of(arm)))
     dense = np.mean(list(values_of(rows, 0, "dense", "fid_domain").values()))
     charts.line_chart(series[1:], f"{path}_{part}_quality.png",
                       f"Tickets and controls by sparsity (part {part})", "weights pruned",

@@ -818,5 +818,5 @@ def test_mistakes_with_models_are_named(tmp_path):
         with pytest.raises(ValueError, match="masks are of another network"):
             prune_magnitude(a, masks, 0.2)
     prune.save_ticket(tmp_path / "a.ticket", a, dense_masks(a))
-    with pytest.raises(OSError, match="passed as model"):
+    with pytest.raises(OSError, match="is not a whole ticket of this network"):
         prune.load_ticket(tmp_path / "a.ticket")
