@@ -32,8 +32,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     1706.08500). mu [D], sigma [D, D]. ValueError for other shapes or numbers not finite."""
     moments = [torch.as_tensor(v).detach().cpu().double() for v in (mu1, sigma1, mu2, sigma2)]
     shapes, d = [tuple(v.shape) for v in moments], moments[0].numel()
-    finite = all(v.isfinite().all() for v in moments)
-    if shapes != [(d,), (d, d), (d,), (d, d)] or not finite:
+    if shapes != [(d,), (d, d), (d,), (d, d)] or not all(v.isfinite().all() for v in moments):
         raise ValueError(f"frechet_distance needs finite mu [D], sigma [D, D] twice, not {shapes}")
     mu1, sigma1, mu2, sigma2 = moments
     # With S1 = L L^T, S1 S2 has the eigenvalues of the symmetric L^T S2 L; S1, S2 may swap.
@@ -177,7 +176,8 @@ class Mixed(nn.Module):
         if pool_out:
             self.branch_pool = ConvNorm(channels, pool_out, 1)
 
-    def forward(self, x):  # (N, channels, H, W) -> (N, sum of the ends, H', W')
+    def forward(self, x):
+        """(N, channels, H, W) -> (N, sum of the ends, H', W')."""
         outs = []
         for chain in self.chains:
             ends = [x]
@@ -230,8 +230,8 @@ class InceptionV3(nn.Module):
         return super().train(False)  # batch statistics would make a score depend on its batch
 
     def forward(self, x):
+        """(pool, logits) of x uint8, resized as pytorch-fid does: others give other scores."""
         x = check_images(x).expand(-1, 3, -1, -1).float() / 255
-        # pytorch-fid's resize: bilinear, no antialiasing, then [-1, 1]. Others give other scores.
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
         with full_precision():
             for block in list(self.children())[:-1]:  # all but fc
@@ -311,7 +311,8 @@ def count_macs(model, x, t=None, masks=None):
     dense, live, masks = collections.Counter(), collections.Counter(), masks or {}
     training = model.training
 
-    def add(name, layer, inputs, out):  # a layer that is called twice counts twice
+    def add(name, layer, inputs, out):
+        """Count one call of a layer: one that is called twice counts twice."""
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             weights, mask = layer.weight.numel(), masks.get(f"{name}.weight")
             positions = out.numel() // len(layer.weight)  # each uses every weight once

@@ -288,9 +288,8 @@ def mask_hooks(model, masks):
     """The two hooks of ddpm.train that keep pruned weights at exactly 0.0, as keyword arguments.
     Gradients are masked before clipping, so that pruned weights do not count in the norm; weights
     after the update. Where the gradient is always 0, so are Adam's moments and the EMA."""
-    layers = prunable(model)
-    weights = list(layers.values())
-    factors = [torch.empty_like(p).copy_(masks[name]) for name, p in layers.items()]
+    weights = list(prunable(model).values())
+    factors = [torch.empty_like(p).copy_(masks[name]) for name, p in prunable(model).items()]
 
     def after_backward(step, model):
         for p, factor in zip(weights, factors):
