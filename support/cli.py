@@ -426,6 +426,9 @@ def settle_device(args):
     """Set args.precision to what will be used; return {"device": both, with the reasons}."""
     device, why = pick_device(args.device)
     args.precision, why_precision = pick_precision(args.precision, device)
+    if device.type == "cuda" and args.precision == "fp32":
+        import torch
+        torch.backends.cudnn.allow_tf32 = False  # it would round what convolutions read to 10 bits
     return dict(device=f"{device} ({why}), {args.precision} ({why_precision})")
 
 
