@@ -1,10 +1,16 @@
 """studies/replication_report.py: fixed order, intervals and costs by hand; the committed tables again."""
+import argparse
 import csv
 import json
 import pathlib
 
 import pytest
+import torch
 
+import ddpm
+import lth_diffusion as lth
+import prune
+from studies import replication_pictures as pictures
 from studies import replication_report as report
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
@@ -40,6 +46,30 @@ def test_seeds_that_win_have_an_exact_interval():
     by_round = {row[1]: row[2:] for row in report.wins("v", rows_of({3: 8.0, 5: 13.0}))}
     assert by_round[0.75] == [3, 3, pytest.approx(0.025 ** (1 / 3)), 1.0]  # Clopper and Pearson: all of n
     assert by_round[0.9] == [3, 0, 0.0, pytest.approx(1 - 0.025 ** (1 / 3))]
+
+
+def test_the_claim_is_held_to_what_was_preregistered():
+    """90 %: won. 99 %: beyond 1.1 times dense in every seed. 75 % is not claimed, and short is no part of it."""
+    rows = rows_of({3: 8.0, 5: 9.0, 10: 20.0})
+    answers = [(row[1], row[2], row[3]) for row in report.claims("v", rows)]
+    assert answers == [(0.9, 3, "for it"), (pytest.approx(0.99), 3, "against it")]
+    mean, low, high = list(report.claims("v", rows))[1][7:]
+    assert mean == pytest.approx(20 - 11) and 0 < low < mean < high
+    assert list(report.claims("short", rows)) == []
+    assert report.finding("v", rows) == "Tickets win at 75 % and 90 %; winning is not shown at 99 % (part v)"
+
+
+def test_frames_end_with_the_samples_of_the_ticket(tmp_path):
+    model = ddpm.UNet(**ddpm.PRESETS["tiny"], image_size=28)
+    folder = tmp_path / "seed3"
+    folder.mkdir()
+    prune.save_ticket(folder / "round01_ticket.ticket", model, prune.dense_masks(model), {})
+    args = argparse.Namespace(schedule="linear", prediction="v", precision="fp32", sampler="ddpm", nfe=4, samples=6)
+    assert pictures.networks(tmp_path) == [(3, 1, "ticket", str(folder / "round01_ticket.ticket"))]
+    frames = pictures.frames_of(folder / "round01_ticket.ticket", args, seed=3)  # (moments, samples, 1, 28, 28)
+    x_T = torch.randn(6, 1, 28, 28, generator=torch.Generator().manual_seed(lth.X_T_SEED + 3))
+    samples = ddpm.draw_samples(model, ddpm.Diffusion(prediction="v"), x_T, sampler="ddpm", steps=4, seed=3)
+    assert frames.shape[1:] == (6, 1, 28, 28) and (frames[-1] == samples.numpy()).all()
 
 
 def test_differences_are_paired():
@@ -92,7 +122,7 @@ def test_what_does_not_belong_together_is_refused(tmp_path, capsys, spoil, said)
 @pytest.mark.skipif(not (FOLDERS and (RESULTS / "replication_tests.csv").exists()), reason="no replication yet")
 def test_the_committed_tables_follow_from_the_committed_rows(tmp_path):
     report.main([*FOLDERS, "--out", str(tmp_path)])
-    for name in "tests", "seeds", "differences", "arms":
+    for name in "claim", "tests", "seeds", "differences", "arms":
         tables = []
         for folder in RESULTS, tmp_path:
             with open(folder / f"replication_{name}.csv", encoding="utf-8", newline="") as file:
