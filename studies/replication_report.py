@@ -32,7 +32,8 @@ ALPHA = 0.05
 CLAIMED = 0.89  # sparsities that the paper speaks of; 90 % comes out as 0.89999
 CLAIM_PARTS = "v", "eps"
 TESTED = ["part", "metric", "sparsity", "seeds", *COMPARED, "p", "answer", "not shown"]
-MEANS = ["part", "round", "arm", "sparsity", "seeds", "fid_domain", "sd", "val_loss",
+MEANS = ["part", "round", "arm", "sparsity", "seeds", "fid_domain", "sd", "precision",
+         "recall", "val_loss", "sd of val_loss",
          "train_images_loss", "closer_to_train", "steps to match", "search MACs / dense",
          "images to pay back", "ticket kB", "training MB", "sampling MB"]
 CLAIM = ["part", "sparsity", "seeds", "answer", "of ticket - reinit", "low", "high",
@@ -244,12 +245,15 @@ def means(part, config, rows, curves):
 
         def mean(column):
             return float(np.mean([row.get(column, math.nan) for row in group]))
-        fids = [row["fid_domain"] for row in group]
+        def spread(column):
+            values = [row[column] for row in group]
+            return float(np.std(values, ddof=1)) if len(values) > 1 else None
         saved = config["args"]["nfe"] * (mean("macs_dense") - mean("macs_live"))
         more = mean("train_macs_total") - dense_macs
         pay = more / saved if arm in ("ticket", "oneshot") and saved > 0 else math.nan
-        yield [part, number, arm, mean("sparsity"), len(group), float(np.mean(fids)),
-               float(np.std(fids, ddof=1)) if len(fids) > 1 else None, mean("val_loss"),
+        yield [part, number, arm, mean("sparsity"), len(group), mean("fid_domain"),
+               spread("fid_domain"), mean("precision_domain"), mean("recall_domain"),
+               mean("val_loss"), spread("val_loss"),
                mean("train_images_loss"), mean("closer_to_train"),
                steps_to_match(curves, number, arm), mean("train_macs_total") / dense_macs, pay,
                mean("ticket_bytes") / 1e3, mean("train_memory") / 2**20,

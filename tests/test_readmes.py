@@ -100,9 +100,12 @@ def test_figures_are_in_the_files_beside_them(name):
     for block in blocks(path.read_text(encoding="utf-8")):
         tables = [one for one in linked(block, path.parent) if one.suffix in (".csv", ".md", ".json")]
         there = [abs(float(number)) for one in tables for number in NUMBER.findall(one.read_text(encoding="utf-8"))]
-        for figure in FIGURE.findall(LINK.sub("]", block)) if tables else ():
+        text = LINK.sub("]", block)
+        for found in FIGURE.finditer(text) if tables else ():
+            figure, scales = found.group(), {1, 100} if text[found.end():].startswith(" %") else {1}  # a share, as per cent
             half = 0.5 * 10 ** -len(figure.split(".")[1]) * (1 + 1e-9)
-            assert any(abs(number - float(figure)) <= half for number in there), (figure, block[:80])
+            assert any(abs(scale * number - float(figure)) <= half for number in there for scale in scales), (
+                figure, block[:80])
             checked += 1
     assert checked > 20 or name in ("studies/README.md", "checks/README.md")
 
