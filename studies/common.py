@@ -12,10 +12,11 @@ from scipy import stats
 
 import lth_diffusion as lth
 from ddpm import train
-from prune import (apply_masks, blocks_of, dense_masks, mask_hooks, pack_masks, prunable,
-                   rewind)
+from prune import (apply_masks, blocks_of, dense_masks, load_ticket, mask_hooks, pack_masks,
+                   prunable, rewind)
 from support import cli, runs
 from support.verdict import t_test
+from support.words import ARMS
 
 SMALL = ["--rounds", "2", "--final-sparsity", "0.9"]  # the run on digits that studies make
 
@@ -65,27 +66,57 @@ def add_run_flag(study):
                        help="a finished run (default: a small one on digits)")
 
 
-def open_run(out=None, methods=False):
+def open_run(out=None, methods=False, networks=False):
     """(Experiment, {job: row}) of a finished run; without a name, of the one on digits.
 
     Where that is not there a small one is made (minutes). methods: whether a run of another method
-    will do. OSError for a folder without a run.
+    will do. networks: whether averaged weights are enough: then a folder of .ticket files will do
+    (see Networks). OSError for a folder without a run.
     """
     args, parser = lth.parse_args(SMALL)
     small, out, rounds = out is None, out or args.out, args.rounds
     if not small or os.path.exists(os.path.join(out, "config.json")):
         found = runs.read_config(out)
+        args = argparse.Namespace(**found["args"] | dict(out=out))
+        if networks and not rows_of(args) and (rows := rows_of_tickets(out)):
+            args.data_dir, args.device = os.environ.get("LTH_DATA") or args.data_dir, "auto"
+            return Networks(args, rows), rows
         fits = methods or found.get("method") == "lth_diffusion.py"
         if not fits or found.get("experiment") != "Experiment":
             raise OSError(f"{out} was made by {found.get('method')}: name a run of "
                           "lth_diffusion.py")
-        args = argparse.Namespace(**found["args"] | dict(out=out))
     done = rows_of(args)
     if small and args.rounds == rounds and len(done) < len(lth.jobs(args)):
         return (exp := lth.run(args, parser)), exp.rows
     if not done:
         raise OSError(f"{out} holds no finished runs: name a folder that lth_diffusion.py wrote")
     return lth.Experiment(args), done
+
+
+class Networks(lth.Experiment):
+    """Finished networks of which .ticket files are left, such as those of results/replication/v:
+    averaged weights and masks, without the state of training."""
+
+    def __init__(self, args, rows):
+        super().__init__(args)
+        self.rows = rows
+
+    def load(self, job):
+        """As ever; `model`, too, has the averaged weights."""
+        model, masks = load_ticket(job.path(self.args.out, ".ticket"))
+        return lth.Trained(model.to(self.device), model, masks, self.rows[job])
+
+
+def rows_of_tickets(out):
+    """{job: row} of log.jsonl, of the jobs whose .ticket file is there."""
+    with contextlib.suppress(FileNotFoundError), \
+            open(os.path.join(out, "log.jsonl"), encoding="utf-8") as file:
+        order = list(ARMS)
+        rows = {lth.Job(row["seed"], row["round"], row["arm"]): row
+                for row in map(json.loads, file)}
+        there = sorted(rows, key=lambda job: (*job[:2], order.index(job.arm)))
+        return {job: rows[job] for job in there if os.path.exists(job.path(out, ".ticket"))}
+    return {}
 
 
 def rows_of(args):
@@ -168,6 +199,11 @@ def over_seeds(values, alpha=0.05):
     if len(values) < 3:
         return float(values.mean()), None, None
     return t_test(values, alpha)[1]
+
+
+def rounded(table):
+    """Its cells as a reader wants them: four digits."""
+    return [[f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in table]
 
 
 def deviation(values):

@@ -1,7 +1,7 @@
 """Are there tickets in the initial noise, and do dense networks and tickets share them?
 
     python -m studies.initial_noise                       # a small run on digits first: minutes
-    python -m studies.initial_noise --from runs/mnist
+    python -m studies.initial_noise --from results/replication/v --rounds 5  # MNIST, no training
 
 In Mao, Wang and Aizawa, The Lottery Ticket Hypothesis in Denoising, 2023 (2312.08872), winning
 tickets are not weights but small blocks of the initial noise that lean towards a concept of the
@@ -34,7 +34,7 @@ import torch
 
 import lth_diffusion as lth
 import metrics
-from studies.common import Study, add_run_flag, open_run
+from studies.common import Study, add_run_flag, check_rounds, open_run
 from support import charts, cli, data
 from support.verdict import t_test
 from support.words import counted
@@ -192,12 +192,15 @@ def main(argv=None):
     add_run_flag(study)
     study.add_argument("--images", type=cli.positive_int, default=400,
                        help="x_T to start from (default: 400)")
+    study.add_argument("--rounds", nargs="+", type=cli.positive_int,
+                       help="rounds to compare with dense (default: the last)")
     with study.arguments(argv) as args:
-        exp, rows = open_run(args.run)
+        exp, rows = open_run(args.run, networks=True)
         if data.unlabelled(exp.args):
             cli.refuse("from", f"the images of {exp.args.out} have no classes to look for")
-        last = max(job.round for job in rows)
-        jobs = [job for job in rows if job.round in (0, last)]
+        rounds = args.rounds or [max(job.round for job in rows)]
+        check_rounds(rounds, rows)
+        jobs = [job for job in rows if job.round in (0, *rounds)]
         path = f"{args.out}/initial_noise_{exp.args.dataset}"
         table = list(measure(exp, jobs, exp.x_T(args.images)))
         summary, n = list(summarise(table)), len({job.seed for job in jobs})

@@ -133,13 +133,15 @@ def draw_networks(folder, args, rows, path, note):
 
 
 def networks(folder):
-    """(seed, round, arm, file) of the .ticket files, by seed, round and arm."""
+    """(seed, round, arm, file) of the .ticket files, by round and arm, of the seed with most."""
     found = []
     for file in glob.glob(os.path.join(folder, "seed*", "*.ticket")):
         number, arm = FILE.fullmatch(os.path.basename(file)).groups()
         seed = int(os.path.basename(os.path.dirname(file)).removeprefix("seed"))
         found.append((seed, int(number), arm, file))
-    return sorted(found, key=lambda one: (*one[:2], list(ARMS).index(one[2])))
+    most = max(found, key=lambda one: sum(other[0] == one[0] for other in found), default=[None])
+    return sorted((one for one in found if one[0] == most[0]),
+                  key=lambda one: (one[1], list(ARMS).index(one[2])))
 
 
 def control_round(folder):

@@ -1,24 +1,30 @@
 """Are tickets more fragile than dense networks when their input differs from the training data?
 
     python -m studies.robustness                        # a small run on digits first: minutes
-    python -m studies.robustness --from runs/mnist --rounds 7 10
+    python -m studies.robustness --from results/replication/v --rounds 5   # MNIST, no training
 
-The input of every network of a finished run is disturbed in three ways:
+The input of every network of a finished run is disturbed:
 
 noise   Fresh Gaussian noise is added to x_t. Measured: the mean squared error on eps over held-out
         images.
-attack  A change of x_t, at most b per pixel, that makes this error large. FGSM (Goodfellow, Shlens
-        and Szegedy, Explaining and Harnessing Adversarial Examples, 2014, 1412.6572) is one step
-        along the sign of the gradient. PGD (Madry et al., Towards Deep Learning Models Resistant to
-        Adversarial Attacks, 2017, 1706.06083) is here ten steps of b / 4 from the result of FGSM,
-        of which the worst is kept: it is never weaker than FGSM.
+FGSM    A change of x_t, at most b per pixel, that makes this error large: one step along the sign
+        of the gradient (Goodfellow, Shlens and Szegedy, Explaining and Harnessing Adversarial
+        Examples, 2014, 1412.6572).
+PGD     Ten steps of b / 4 from the result of FGSM, of which the worst is kept (Madry et al.,
+        Towards Deep Learning Models Resistant to Adversarial Attacks, 2017, 1706.06083).
 start   Sampling begins at a * x_T + m instead of x_T. Measured: fid_domain.
+sampler PGD through the whole sampler (DDIM): a change of x_T, at most b per value, that changes
+        the image most. Measured: the change, root mean square over pixels from -1 to 1, beside
+        that of a random x_T as far away (chance); how many images change their class (flips).
 
-All networks meet the same images, t, noise and budgets. A worse network has less to lose, so each
-value is also divided by the same network's value without disturbance ('factor').
+All networks meet the same images, t, noise and budgets. Figures are absolute: a ratio to its own
+clean error makes the worst network look most robust. Margin, fixed before the run: a ticket is
+more fragile where its value is shown to exceed that of dense by more than a tenth, as robust where
+it is shown not to (90 % intervals over three or more seeds). A network with a smaller error to
+begin with may keep it under attack for that reason alone: 'beyond clean' is the value less the one
+that a straight line through dense, reinit and random mask of the seed gives for its clean error.
 
-What would change our mind about 'pruning does not make diffusion models more fragile': a ticket
-whose factor is larger than that of dense in every seed, while those of its controls are not.
+What would change our mind about what is printed: an attack not tried here.
 """
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module:  python -m studies.robustness")
@@ -30,17 +36,23 @@ import torch
 
 import lth_diffusion as lth
 import metrics
-from ddpm import to_float
-from studies.common import Study, add_run_flag, check_rounds, open_run
-from support import charts, cli
-from support.words import counted
+from ddpm import ddim_step, sampling_times, to_float, to_uint8
+from studies.common import Study, add_run_flag, check_rounds, open_run, over_seeds, rounded
+from support import charts, cli, report
+from support.words import ARMS, counted
 
 NOISE = (0.0, 0.1, 0.2, 0.4)  # standard deviations; pixels of x_t have about unit variance
 BUDGETS = (0.0, 0.02, 0.05, 0.1)
 STARTS = ((1.0, 0.0), (0.9, 0.0), (1.1, 0.0), (1.0, 0.1), (1.0, -0.1))  # (a, m)
 TIMES = (50, 150, 300, 500, 800)  # from almost an image to almost noise
 NOISE_SEED = 7  # of the noise that is added
-HEADER = ["seed", "round", "arm", "sparsity", "trouble", "size", "value", "factor", "n"]
+NFE = 10  # network evaluations of the sampler that is attacked
+ASCENT = 10  # steps of PGD
+MARGIN = 0.1  # of dense
+CLEAN = dict(noise="0", FGSM="0", PGD="0", start="1 x_T +0")  # size of no disturbance, by trouble
+HEADER = ["seed", "round", "arm", "sparsity", "trouble", "size", "value", "n"]
+SUMMARY = ["round", "trouble", "size", "seeds", "dense", "ticket", "reinit", "random",
+           "ticket - 1.1 dense", "low", "high", "answer", "beyond clean", "lowest", "highest"]
 
 
 def held_out(exp, n):
@@ -71,7 +83,7 @@ def fgsm(predict, x, t, eps, budget):
     return ascend(predict, x, t, eps, budget)[0]
 
 
-def pgd(predict, x, t, eps, budget, steps=10):
+def pgd(predict, x, t, eps, budget, steps=ASCENT):
     """The worst x within the budget that ascent from the result of FGSM finds, per image."""
     now = best = fgsm(predict, x, t, eps, budget)
     worst = torch.full_like(x[:, 0, 0, 0], -torch.inf)  # (N,), the error of best
@@ -95,72 +107,130 @@ def mean_error(predict, batch, attack=None, budget=0.0):
     return torch.cat(errors).mean().item()
 
 
-def measure(exp, model, seed, images, samples):
-    """(trouble, size, value, n) of a network; the first of each trouble is without disturbance."""
+def images_of(diffusion, predict, x):
+    """Images (N, C, H, W) from x_T by DDIM; gradients flow through all evaluations."""
+    times, abar = sampling_times(diffusion, NFE), diffusion.alphas_bar.tolist()
+    for t, after in zip(times, [*times[1:], None]):
+        eps = predict(x, torch.full((len(x),), t, device=x.device))
+        x = ddim_step(x, eps, abar[t], 1.0 if after is None else abar[after])
+    return x
+
+
+def through_sampler(draw, x_T, budget, sign):
+    """(image, attacked image, image of the change b * sign) of each x_T; draw(x_T) -> images."""
+    with torch.no_grad():
+        clean, chance = draw(x_T), draw(x_T + budget * sign)
+    now = x_T + budget * sign  # without a change the gradient is 0
+    worst, best = torch.zeros_like(x_T[:, 0, 0, 0]), clean
+    for _ in range(ASCENT + 1):
+        moved = now.clone().requires_grad_()
+        out = draw(moved)
+        found = (out - clean).square().flatten(1).mean(1)  # (N,)
+        gradient, = torch.autograd.grad(found.sum(), moved)
+        more = (found > worst)[:, None, None, None]
+        best, worst = torch.where(more, out, best).detach(), torch.maximum(worst, found).detach()
+        now = x_T + (now + budget / 4 * gradient.sign() - x_T).clamp(-budget, budget)
+    return clean, best, chance
+
+
+def attack_sampler(exp, predict, seed, n):
+    """(trouble, size, value, n) of attacks through the sampler on n x_T."""
+    x_T = exp.x_T(n, seed).to(exp.device)
+    generator = torch.Generator().manual_seed(NOISE_SEED)
+    sign = torch.randn(x_T.shape, generator=generator).sign().to(exp.device)
+    draw = functools.partial(images_of, exp.diffusion, predict)
+    for budget in BUDGETS[1:]:
+        parts = [through_sampler(draw, *part) for part in
+                 zip(x_T.split(32), [budget] * n, sign.split(32))]
+        clean, *changed = (torch.cat(images) for images in zip(*parts))
+        classes = [metrics.features(exp.classifier, to_uint8(images).cpu(), logits=True)[1]
+                   .argmax(1) for images in (clean, changed[0])]
+        rms = [(images - clean).square().flatten(1).mean(1).sqrt().mean().item()
+               for images in changed]
+        flips = (classes[0] != classes[1]).double().mean().item()
+        for trouble, value in zip(("sampler", "chance", "flips"), (*rms, flips)):
+            yield trouble, f"{budget:g}", value, n
+
+
+def measure(exp, model, seed, args):
+    """(trouble, size, value, n) of a network."""
     model.eval().requires_grad_(False)
     # in float32: the gradients of bfloat16 would make a weaker attack
     predict = functools.partial(exp.diffusion.predict, model)
-    x, t, eps = batch = held_out(exp, images)
+    x, t, eps = batch = held_out(exp, args.images)
     generator = torch.Generator().manual_seed(NOISE_SEED)
     noise = torch.randn(x.shape, generator=generator).to(x.device)
     for size in NOISE:
-        moved = x + size * noise, t, eps
-        yield "noise", size, mean_error(predict, moved), len(x)
+        yield "noise", f"{size:g}", mean_error(predict, (x + size * noise, t, eps)), len(x)
     for name, attack in ("FGSM", fgsm), ("PGD", pgd):
         for budget in BUDGETS:
-            yield name, budget, mean_error(predict, batch, attack, budget), len(x)
+            yield name, f"{budget:g}", mean_error(predict, batch, attack, budget), len(x)
     for a, m in STARTS:
-        drawn = exp.draw(model, seed, x_T=a * exp.x_T(samples, seed) + m)
-        yield "start", f"{a:g} x_T {m:+g}", exp.quality(drawn)["fid_domain"], samples
+        drawn = exp.draw(model, seed, x_T=a * exp.x_T(args.samples, seed) + m)
+        yield "start", f"{a:g} x_T {m:+g}", exp.quality(drawn)["fid_domain"], args.samples
+    yield from attack_sampler(exp, predict, seed, args.attacked)
 
 
-def rows_of(exp, job, args):
-    """Rows of HEADER, as dicts, of one network."""
-    trained, clean = exp.load(job), {}
-    for trouble, size, value, n in measure(exp, trained.ema, job.seed, args.images,
-                                         args.samples):
-        factor = value / clean.setdefault(trouble, value)
-        row = *job, trained.row["sparsity"], trouble, size, value, factor, n
-        yield dict(zip(HEADER, row))
+# --------------------------------------------------------------------------- over seeds
 
-
-def factors(table):
-    """{arm and sparsity: {seed: factors under PGD, one per budget}}."""
+def values_of(table, number, trouble, size):
+    """{arm: {seed: value}} of a round, dense included."""
     found = {}
     for row in table:
-        if row["trouble"] == "PGD":
-            label = f"{row['arm']} {100 * row['sparsity']:.1f} %"
-            by_seed = found.setdefault(label, {})
-            by_seed.setdefault(row["seed"], []).append(row["factor"])
+        if (row["trouble"], row["size"]) == (trouble, size) and row["round"] in (0, number):
+            found.setdefault(row["arm"], {})[row["seed"]] = row["value"]
     return found
 
 
+def summarise(table):
+    """Rows of SUMMARY: every trouble and size of every round that has a ticket."""
+    kinds = dict.fromkeys((row["trouble"], row["size"]) for row in table)
+    for number in sorted({row["round"] for row in table} - {0}):
+        for trouble, size in kinds:
+            arms = values_of(table, number, trouble, size)
+            seeds = sorted(set(arms["dense"]) & set(arms["ticket"]))
+            means = [np.mean(list(arms[arm].values())) if arm in arms else None
+                     for arm in ("dense", "ticket", "reinit", "random")]
+            more = over_seeds([arms["ticket"][seed] - (1 + MARGIN) * arms["dense"][seed]
+                               for seed in seeds])
+            clean = values_of(table, number, trouble, CLEAN.get(trouble))
+            beyond = [beyond_clean(arms, clean, seed) for seed in seeds]
+            beyond = (None,) * 3 if None in beyond else over_seeds(beyond)
+            yield [number, trouble, size, len(seeds), *means, *more, answer(more), *beyond]
+
+
+def answer(difference):
+    """What the interval of ticket - 1.1 dense says."""
+    _, low, high = difference
+    if low is None:
+        return "no verdict"
+    return "more fragile" if low > 0 else "as robust" if high < 0 else "not shown"
+
+
+def beyond_clean(arms, clean, seed):
+    """The ticket's value less what a line through the other arms gives for its clean value; None
+    without three arms, or where nothing is disturbed."""
+    others = [arm for arm in ("dense", "reinit", "random") if seed in arms.get(arm, ())]
+    if len(others) < 3 or not clean or arms == clean:
+        return None
+    x, y = ([values[arm][seed] for arm in others] for values in (clean, arms))
+    slope, start = np.polyfit(x, y, 1)
+    return arms["ticket"][seed] - (slope * clean["ticket"][seed] + start)
+
+
 def draw(table, path, note):
-    """The factor by which the error grows under PGD, against the budget; means over seeds."""
-    series = []
-    for label, by_seed in factors(table).items():
-        y = np.mean(list(by_seed.values()), axis=0)
-        control = not label.startswith(("dense", "ticket"))
-        style = "dashed" if control else "solid"
-        series.append(dict(label=label, x=BUDGETS, y=y, style=style))
-    charts.line_chart(series, path, "How much an attack on x_t hurts",
-                      "largest change of a pixel of x_t",
-                      "error on eps over that without attack (log)",
-                      log_y=True, note=note)
-
-
-def conclude(table):
-    """How much the strongest attack hurts, and in how many seeds more than it hurts dense."""
-    said, found = [], factors(table)
-    dense = found["dense 0.0 %"]
-    for label, by_seed in found.items():
-        mean = np.mean([values[-1] for values in by_seed.values()])
-        more = sum(values[-1] > dense[seed][-1] for seed, values in by_seed.items())
-        than = "" if by_seed is dense else f" (larger than dense in {more} of {len(by_seed)} seeds)"
-        said.append(f"{label} {mean:.2f}{than}")
-    few = "; fewer than 3: no verdict" if len(dense) < 3 else ""
-    return (f"Factors by which the error on eps grows under PGD with budget {BUDGETS[-1]}: "
-            f"{', '.join(said)}. Seeds: {len(dense)}{few}.")
+    """The error under PGD against the budget: a line for each arm, dots for seeds."""
+    series, last = [], max(row["round"] for row in table)
+    for arm in [arm for arm in ARMS if any(row["arm"] == arm for row in table)]:
+        found = [list(values_of(table, last, "PGD", f"{b:g}")[arm].values()) for b in BUDGETS]
+        series.append(dict(label=ARMS[arm], x=BUDGETS, y=[np.mean(one) for one in found],
+                           dots=found, style="solid", **report.look_of(arm)))
+    said = {row[1]: row for row in summarise(table) if row[0] == last and row[1] == "PGD"}["PGD"]
+    title = {"as robust": "Under attack a ticket errs no more than dense",
+             "more fragile": "Under attack a ticket errs more than dense"}.get(
+                 said[11], "Under attack: no difference shown between ticket and dense")
+    charts.line_chart(series, path, title, "largest change of a pixel of x_t",
+                      "mean squared error on eps", note=note)
 
 
 def main(argv=None):
@@ -174,22 +244,28 @@ def main(argv=None):
         help="held-out images behind an error (default: 500)")
     add("--samples", type=cli.checked(int, lambda n: n >= 4, "4 or more"), default=250,
         help="samples behind a fid_domain (default: 250)")
+    add("--attacked", type=cli.positive_int, default=64,
+        help="samples that are attacked through the sampler (default: 64)")
     with study.arguments(argv) as args:
-        exp, rows = open_run(args.run)
+        exp, rows = open_run(args.run, networks=True)
         rounds = {0, *(args.rounds or exp.args.control_rounds)}
         check_rounds(rounds, rows)
         path, table = f"{args.out}/robustness_{exp.args.dataset}", []
-        for job in rows:
-            if job.round in rounds:
-                table += rows_of(exp, job, args)
-                cells = [list(row.values()) for row in table]
-                study.save(path, HEADER, cells, exp.device, times=TIMES)
-                print(f"{job}: done", flush=True)
-        times, seeds = ", ".join(map(str, TIMES)), len({row["seed"] for row in table})
+        for job in [job for job in rows if job.round in rounds]:
+            trained = exp.load(job)
+            table += [dict(zip(HEADER, (*job, trained.row["sparsity"], *found)))
+                      for found in measure(exp, trained.ema, job.seed, args)]
+            study.save(path, HEADER, [list(row.values()) for row in table], exp.device, times=TIMES)
+            print(f"{job}: done", flush=True)
+        summary = list(summarise(table))
+        study.save(path + "_summary", SUMMARY, summary, exp.device, times=TIMES)
+        seeds = len({row["seed"] for row in table})
         draw(table, path + ".png",
-             f"{exp.args.dataset}, PGD, {table[0]['n']:,} held-out images at t = {times}; "
-             f"means over {counted(seeds, 'seed')}. Percentages: weights pruned.")
-    print(f"\n{charts.text_table(HEADER, cells)}\n\n{conclude(table)}\n{path}.csv, .json, .png")
+             f"{exp.args.dataset}, PGD on one step, {table[0]['n']:,} held-out images at t = "
+             f"{', '.join(map(str, TIMES))}; {counted(seeds, 'seed')}; tickets and controls of "
+             f"{100 * max(row['sparsity'] for row in table):.0f} % sparsity.")
+    print(f"\n{charts.text_table(SUMMARY, rounded(summary))}\n"
+          f"{path}.csv, _summary.csv, .json, .png")
 
 
 if __name__ == "__main__":

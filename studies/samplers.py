@@ -1,18 +1,22 @@
 """Prune the network, or take fewer sampling steps? Quality against the cost of a sample.
 
-    python -m studies.samplers                               # a small run on digits: minutes
-    python -m studies.samplers --from runs/mnist --rounds 7 10
+    python -m studies.samplers                                          # a small run on digits
+    python -m studies.samplers --from results/replication/v --rounds 5  # MNIST, no training
 
 The dense network and the tickets draw equally many samples from the same noise, by ancestral
 sampling (Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, 2020, 2006.11239), DDIM
-(Song, Meng and Ermon, Denoising Diffusion Implicit Models, 2020, 2010.02502) and DPM-Solver++(2M)
-(Lu et al., DPM-Solver++, 2022, 2211.01095), with several numbers of network evaluations. The work
-of a sample is evaluations times live multiply-accumulates: what a machine that skips zeros would
-do. The seconds are those of this machine, which skips none. A setting is on the Pareto front if no
-other is at least as good at no higher cost.
+(Song, Meng and Ermon, Denoising Diffusion Implicit Models, 2020, 2010.02502), DPM-Solver++(2M) (Lu
+et al., DPM-Solver++, 2022, 2211.01095) and Heun's method on the noise levels of EDM (Karras et al.,
+Elucidating the Design Space of Diffusion-Based Generative Models, 2022, 2206.00364, algorithm 1 and
+equation 5), with several numbers of network evaluations. The work of a sample is evaluations times
+live multiply-accumulates: what a machine that skips zeros would do. The seconds are those of this
+machine, which skips none. A setting is on the Pareto front if no other is at least as good at no
+higher cost.
 
-What would change our mind about 'fewer steps are the cheaper way': tickets that fill the front at
-low work.
+Margin, fixed before the run: a sampler favours ticket or dense where their fid_domain is shown to
+differ by more than a tenth of dense's (90 % intervals over three or more seeds). What would change
+our mind about 'pruning and fewer steps add up': a sampler with few steps where the ticket is shown
+to be worse by more than that.
 """
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module:  python -m studies.samplers")
@@ -20,19 +24,63 @@ if __name__ == "__main__" and not __package__:
 import time
 
 import numpy as np
+import torch
 
-from ddpm import NOISE
-from studies.common import Study, add_run_flag, check_rounds, open_run
+from ddpm import NOISE, denoiser, to_uint8
+from studies.common import Study, add_run_flag, check_rounds, open_run, over_seeds, rounded
 from support import charts, cli
 from support.words import counted
 
-# Ancestral sampling is poor below 50 evaluations.
-STEPS = dict(ddpm=(50, 250), ddim=(5, 10, 20, 50), dpm=(5, 10, 20, 50))
-STYLES = dict(ddpm="dotted", ddim="solid", dpm="dashed")
+STEPS = dict(ddpm=(10, 25, 50, 100), ddim=(5, 10, 20, 50), dpm=(5, 10, 20, 50), heun=(9, 19, 39))
+STYLES = dict(ddpm="dotted", ddim="solid", dpm="dashed", heun="points")
+RHO = 7  # of EDM's noise levels, 2206.00364, section 3
+MARGIN = 0.1  # of dense
 SETTING = "round", "arm", "sampler", "evaluations"
 COSTS = {"work": "GMACs per sample", "seconds": "s/1000"}
 MEANS = "sparsity", *COSTS.values(), "fid_domain"
 HEADER = ["seed", *SETTING, *MEANS, "front of work", "front of seconds"]
+PAIRED = ["round", "sampler", "evaluations", "seeds", "dense", "ticket", "ticket - dense", "low",
+          "high", "answer"]
+
+
+def heun_levels(diffusion, evaluations):
+    """t, descending: EDM's noise levels (2206.00364, equation 5) for 2 n - 1 evaluations, rounded
+    to steps of the chain; sigma = sqrt((1 - abar) / abar)."""
+    sigmas, n = sigmas_of(diffusion), (evaluations + 1) // 2
+    ends = sigmas[[-1, 0]] ** (1 / RHO)
+    wanted = (ends[0] + torch.linspace(0, 1, n, dtype=ends.dtype) * (ends[1] - ends[0])) ** RHO
+    return [int((sigmas - one).abs().argmin()) for one in wanted]
+
+
+def sigmas_of(diffusion):
+    """sigma of each t, float64 (T,), ascending."""
+    return ((1 - diffusion.alphas_bar) / diffusion.alphas_bar).sqrt()
+
+
+@torch.no_grad()
+def heun(model, diffusion, x_T, evaluations):
+    """Images from x_T: second-order steps on x / sqrt(abar) = x0 + sigma eps, whose change with
+    sigma is eps. model: any callable (x, t)."""
+    levels, sigmas = heun_levels(diffusion, evaluations), sigmas_of(diffusion).tolist()
+    scales = diffusion.alphas_bar.sqrt().tolist()
+
+    def slope(y, t):
+        return diffusion.predict(model, scales[t] * y, torch.full((len(y),), t, device=y.device))
+    y = x_T / scales[levels[0]]
+    for t, after in zip(levels, [*levels[1:], None]):
+        first, h = slope(y, t), (0 if after is None else sigmas[after]) - sigmas[t]
+        if after is None:  # to sigma = 0, where no slope is defined: Euler
+            return y + h * first
+        y = y + h / 2 * (first + slope(y + h * first, after))
+
+
+def draw_samples(exp, model, seed, n, sampler, steps, label):
+    """uint8 (n, C, H, W); as the run draws them, or by heun."""
+    if sampler != "heun":
+        return exp.draw(model, seed, n, sampler=sampler, steps=steps, label=label)
+    predict, x_T = denoiser(model, exp.args.precision), exp.x_T(n, seed)
+    parts = [heun(predict, exp.diffusion, part.to(exp.device), steps) for part in x_T.split(128)]
+    return torch.cat([(exp.decode or to_uint8)(part).cpu() for part in parts])
 
 
 def measure(exp, rows, jobs, n):
@@ -41,8 +89,8 @@ def measure(exp, rows, jobs, n):
         model, row = exp.load(job).ema, rows[job]
         for sampler, steps in settings(exp.diffusion):
             began = time.monotonic()
-            samples = exp.draw(model, job.seed, n, sampler=sampler, steps=steps,
-                               label=f"{job}: {sampler} {steps}")
+            samples = draw_samples(exp, model, job.seed, n, sampler, steps,
+                                   f"{job}: {sampler} {steps}")
             seconds = 1000 * (time.monotonic() - began) / n
             fid = exp.quality(samples)["fid_domain"]
             work = steps * row["macs_live"] / 1e9
@@ -56,8 +104,31 @@ def settings(diffusion):
     for sampler, counts in STEPS.items():
         for steps in counts:
             start = (steps - 1) * (diffusion.T // steps)
-            if diffusion.alphas_bar[start] <= NOISE:
+            if sampler == "heun" or diffusion.alphas_bar[start] <= NOISE:
                 yield sampler, steps
+
+
+def paired(table):
+    """Rows of PAIRED: ticket against dense, sampler by sampler."""
+    values = {(row["round"], row["arm"], row["sampler"], row["evaluations"], row["seed"]):
+              row["fid_domain"] for row in table}
+    for number, arm, sampler, steps in dict.fromkeys(key[:4] for key in values):
+        if arm != "ticket":
+            continue
+        both = [(values[0, "dense", sampler, steps, seed], value) for (*key, seed), value in
+                values.items() if key == [number, arm, sampler, steps]]
+        dense, ticket = (float(np.mean(one)) for one in zip(*both))
+        found = over_seeds([b - a for a, b in both])
+        yield [number, sampler, steps, len(both), dense, ticket, *found, answer(found, dense)]
+
+
+def answer(found, dense):
+    """Which of the two is shown to be better by more than the margin."""
+    _, low, high = found
+    if low is None:
+        return "no verdict"
+    return ("ticket" if high < -MARGIN * dense else "dense" if low > MARGIN * dense
+            else "not shown")
 
 
 def setting_of(row):
@@ -130,7 +201,7 @@ def main(argv=None):
     add("--samples", default=500, type=cli.checked(int, lambda n: n >= 4, "4 or more"),
         help="samples per setting (default: 500)")
     with study.arguments(argv) as args:
-        exp, rows = open_run(args.run, methods=True)
+        exp, rows = open_run(args.run, methods=True, networks=True)
         rounds = args.rounds or exp.args.control_rounds
         check_rounds(rounds, rows)
         jobs = [job for job in rows
@@ -141,13 +212,14 @@ def main(argv=None):
         cells = [list(row.values()) for row in table]
         path = f"{args.out}/samplers_{exp.args.dataset}"
         study.save(path, HEADER, cells, exp.device, n=args.samples)
+        pairs = list(paired(table))
+        study.save(path + "_paired", PAIRED, pairs, exp.device, n=args.samples)
         seeds = counted(len({job.seed for job in jobs}), "seed")
         note = (f"{exp.args.dataset}: means over {seeds}, FID "
                 f"from {args.samples:,} samples from the same noise")
         draw(means, path + ".png", note + ". Percentages: weights pruned.")
-    print(f"\n{charts.text_table(HEADER, cells)}\n")
-    print(*said, f"{note}. Differences of a few per cent are noise.",
-          f"{path}.csv, .json, .png", sep="\n")
+    print(f"\n{charts.text_table(PAIRED, rounded(pairs))}\n")
+    print(*said, note, f"{path}.csv, _paired.csv, .json, .png", sep="\n")
 
 
 if __name__ == "__main__":

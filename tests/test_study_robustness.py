@@ -1,9 +1,11 @@
 """studies.robustness: every network meets every trouble, and the attacks are attacks."""
 import csv
+import functools
 
 import pytest
 import torch
 
+import ddpm
 import lth_diffusion as lth
 from studies import robustness
 from support import report
@@ -26,28 +28,76 @@ def finished(tmp_path_factory):
 def test_a_run(finished, capsys, monkeypatch):
     for name in ("NOISE", "BUDGETS", "STARTS"):
         monkeypatch.setattr(robustness, name, getattr(robustness, name)[::3])  # fewer, for speed
-    robustness.main(["--from", str(finished / "run"), "--images", "20", "--samples", "8",
+    monkeypatch.setattr(robustness, "NFE", 5)
+    monkeypatch.setattr(robustness, "ASCENT", 3)
+    robustness.main(["--from", str(finished / "run"), "--images", "20", "--samples", "8", "--attacked", "4",
                      "--out", str(finished)])
-    assert "fewer than 3: no verdict" in capsys.readouterr().out
+    assert "no verdict" in capsys.readouterr().out
     with open(finished / "robustness_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    troubles = len(robustness.NOISE) + 2 * len(robustness.BUDGETS) + len(robustness.STARTS)
+    sizes = len(robustness.BUDGETS)
+    troubles = len(robustness.NOISE) + 2 * sizes + len(robustness.STARTS) + 3 * (sizes - 1)
     arms = {(row["round"], row["arm"]) for row in rows}
     assert {("0", "dense"), ("2", "ticket"), ("2", "reinit"), ("2", "random")} <= arms
     assert ("1", "ticket") not in arms and len(rows) == len(arms) * troubles
     error = {(row["arm"], row["trouble"], row["size"]): float(row["value"]) for row in rows}
     for row in rows:
-        if row["size"] in ("0", "1 x_T +0"):
-            assert float(row["factor"]) == 1  # nothing is disturbed
         if row["size"] == "0":
             assert float(row["value"]) == pytest.approx(error[row["arm"], "noise", "0"], rel=1e-5)
         if row["trouble"] == "PGD":
             weak = error[row["arm"], "FGSM", row["size"]]
             assert float(row["value"]) >= weak * (1 - 1e-5)
+        if row["trouble"] == "sampler":  # an attack does more than chance
+            assert float(row["value"]) > error[row["arm"], "chance", row["size"]] > 0
+        if row["trouble"] == "flips":
+            assert 0 <= float(row["value"]) <= 1
     assert error["dense", "FGSM", "0.1"] > error["dense", "FGSM", "0"]
     assert error["dense", "noise", "0.4"] > error["dense", "noise", "0"]
     assert (finished / "robustness_digits.png").stat().st_size > 5_000
-    assert (finished / "robustness_digits.json").exists()
+    assert (finished / "robustness_digits_summary.json").exists()
+
+
+def tables(values):
+    """Rows as measure() makes them, of PGD with budget 0.1 and without; values: {arm: (clean, attacked) by seed}."""
+    return [dict(seed=seed, round=0 if arm == "dense" else 2, arm=arm, trouble="PGD", size=size, value=value)
+            for arm, by_seed in values.items() for seed, pair in enumerate(by_seed)
+            for size, value in zip(("0", "0.1"), pair)]
+
+
+@pytest.mark.parametrize("attacked, said", [(1.5, "more fragile"), (0.9, "as robust"), (1.1, "not shown")])
+def test_the_margin_is_a_tenth_of_dense(attacked, said):
+    values = dict(dense=[(0.5, 1.0)] * 3, ticket=[(0.4, attacked + d) for d in (-0.01, 0, 0.01)])
+    *_, row = robustness.summarise(tables(values))
+    found = dict(zip(robustness.SUMMARY, row))
+    assert found["answer"] == said and found["ticket - 1.1 dense"] == pytest.approx(attacked - 1.1)
+    assert found["beyond clean"] is None  # no controls to draw a line through
+
+
+def test_beyond_clean_is_the_distance_from_the_line_of_the_other_arms():
+    """Dense, reinit and random mask lie on attacked = 2 clean; the ticket 0.1 above."""
+    values = dict(dense=[(0.5, 1.0)] * 3, ticket=[(0.4, 0.9)] * 3, reinit=[(0.6, 1.2)] * 3, random=[(1.0, 2.0)] * 3)
+    clean, attacked = robustness.summarise(tables(values))
+    assert attacked[-3] == pytest.approx(0.1) and clean[-3] is None
+
+
+def test_an_attack_through_the_sampler_stays_within_its_budget():
+    """The sampler is x -> x^2: the worst change of x = 1 is upwards, to 1.1^2."""
+    x, sign = torch.ones(2, 1, 1, 1), torch.ones(2, 1, 1, 1)
+    clean, worst, chance = robustness.through_sampler(torch.square, x, 0.1, -sign)
+    assert clean.flatten().tolist() == [1, 1] and worst.flatten().tolist() == pytest.approx([0.81, 0.81])
+    assert torch.equal(chance, worst)  # below 1, up the gradient is down: further away from 1
+    _, worst, _ = robustness.through_sampler(torch.square, x, 0.1, sign)
+    assert worst.flatten().tolist() == pytest.approx([1.21, 1.21])
+
+
+def test_the_sampler_that_is_attacked_is_ddim():
+    model = ddpm.UNet(base=16, mults=(1,), patch=4, image_size=28).eval()
+    diffusion, x_T = ddpm.Diffusion(), torch.randn(2, 1, 28, 28)
+    predict = functools.partial(diffusion.predict, model)
+    with torch.no_grad():
+        found = robustness.images_of(diffusion, predict, x_T)
+    wanted = ddpm.sample(model, diffusion, x_T, "ddim", steps=robustness.NFE, clip=False)
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_a_round_that_is_not_there(finished, capsys):
@@ -89,15 +139,3 @@ def test_pgd_keeps_the_best_of_each_image():
     weak, strong = (robustness.error(model, attack(model, x, t, eps, 0.5), t, eps)
                     for attack in (robustness.fgsm, robustness.pgd))
     assert bool((strong >= weak).all()) and strong.mean() > weak.mean()
-
-
-def test_conclusion_by_hand():
-    table = []
-    for seed in range(3):
-        for arm, sparsity, last in (("dense", 0.0, 2.0), ("ticket", 0.9, 1.5 + seed)):
-            for budget in robustness.BUDGETS:
-                factor = last if budget == robustness.BUDGETS[-1] else 1.0
-                table.append(dict(seed=seed, arm=arm, sparsity=sparsity, trouble="PGD", size=budget,
-                                  factor=factor))
-    said = robustness.conclude(table)
-    assert "dense 0.0 % 2.00, ticket 90.0 % 2.50 (larger than dense in 2 of 3 seeds). Seeds: 3." in said

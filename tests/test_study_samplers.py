@@ -2,6 +2,7 @@
 import csv
 
 import pytest
+import torch
 
 import lth_diffusion as lth
 from ddpm import Diffusion
@@ -17,7 +18,7 @@ def finished(tmp_path, monkeypatch):
     monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
     monkeypatch.setattr(report, "draw_run", lambda *_: None)
     monkeypatch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
-    monkeypatch.setattr(samplers, "STEPS", dict(ddpm=(4,), ddim=(4, 8), dpm=(4,)))
+    monkeypatch.setattr(samplers, "STEPS", dict(ddpm=(4,), ddim=(4, 8), dpm=(4,), heun=(5,)))
     lth.main([*SMALL, "--out", str(tmp_path / "run")])
     return tmp_path / "run"
 
@@ -26,7 +27,7 @@ def test_samplers(finished, tmp_path, capsys):
     samplers.main(["--from", str(finished), "--samples", "8", "--out", str(tmp_path)])
     with open(tmp_path / "samplers_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 4  # dense and the tickets of rounds 1 and 2
+    assert len(rows) == 3 * 5  # dense and the tickets of rounds 1 and 2
     work = {(row["round"], row["evaluations"]): float(row["GMACs per sample"]) for row in rows}
     assert work["0", "8"] == pytest.approx(2 * work["0", "4"], rel=1e-4)
     assert work["2", "8"] < work["1", "8"] < work["0", "8"]
@@ -57,3 +58,35 @@ def test_means_are_over_seeds_of_one_setting():
 def test_settings_begin_at_noise(schedule, fewest):
     found = [steps for name, steps in samplers.settings(Diffusion(schedule=schedule)) if name == "ddim"]
     assert min(found) == fewest
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_heun_is_of_second_order(schedule):
+    """Pixels of standard deviation 0.5: eps is known, and y(0) = y(sigma) s / sqrt(s^2 + sigma^2). Rounding of EDM's
+    levels to steps of the chain only moves them."""
+    diffusion, s, calls = Diffusion(schedule=schedule), 0.5, []
+
+    def ideal(x, t):
+        calls.append(int(t[0]))
+        abar = diffusion.alphas_bar[t].view(-1, 1, 1, 1)
+        return (1 - abar).sqrt() * x / (abar * s ** 2 + 1 - abar)
+    x_T, errors = torch.randn(4, 1, 2, 2, dtype=torch.float64), []
+    sigma, scale = samplers.sigmas_of(diffusion)[-1], diffusion.alphas_bar[-1].sqrt()
+    exact = x_T / scale * s / (s ** 2 + sigma ** 2).sqrt()
+    for evaluations in (19, 39, 79):
+        calls.clear()
+        found = samplers.heun(ideal, diffusion, x_T, evaluations)
+        errors.append(float((found - exact).abs().max() / exact.abs().max()))
+        assert len(calls) == evaluations and calls[0] == diffusion.T - 1 and calls[-1] == 0
+    assert errors[1] < errors[0] / 2.5 and errors[2] < errors[1] / 2.5  # 4 for steps of one size
+    assert errors[2] < 0.1
+
+
+@pytest.mark.parametrize("ticket, said", [(8.0, "ticket"), (12.0, "dense"), (10.5, "not shown")])
+def test_paired_answers_with_a_margin(ticket, said):
+    values = [(arm, seed, value + 0.1 * seed * (arm == "ticket")) for arm, value in (("dense", 10.0), ("ticket", ticket))
+              for seed in range(3)]
+    table = [dict(seed=seed, round=5 * (arm == "ticket"), arm=arm, sampler="ddim", evaluations=5, fid_domain=value)
+             for arm, seed, value in values]
+    row, = samplers.paired(table)
+    assert row[:6] == [5, "ddim", 5, 3, 10.0, pytest.approx(ticket + 0.1)] and row[-1] == said
