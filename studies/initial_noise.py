@@ -181,7 +181,10 @@ def draw(summary, path, note):
                 line = lines.setdefault(label, dict(label=label, x=[], y=[], style=style))
                 line["x"].append(row["side"])
                 line["y"].append(100 * row[column])
-    charts.line_chart(lines.values(), path, "How much of x_T decides the class?",
+    most = [row["side"] for row in summary if row["part"] == "transplant" and row["rate"] > 0.5]
+    title = (f"A square of x_T takes its class along in half of all images from {min(most)} pixels "
+             "on" if most else "No square of x_T takes its class along in half of all images")
+    charts.line_chart(lines.values(), path, title,
                       "side of the transplanted block, pixels",
                       "recipients that become of the donor's class, %", note=note)
 

@@ -164,7 +164,7 @@ def name_of(row):
     return f"{row['arm']}{pruned}, {row['sampler']}"
 
 
-def draw(means, path, note):
+def draw(means, pairs, path, note):
     """fid_domain against work: one line per network and sampler."""
     lines = {}
     for row in means.values():
@@ -173,9 +173,18 @@ def draw(means, path, note):
         line["x"].append(row[COSTS["work"]])
         line["y"].append(row["fid_domain"])
     charts.line_chart(
-        lines.values(), path, "Fewer sampling steps, or a sparser network?",
+        lines.values(), path, title_of(pairs),
         "billions of live multiply-accumulates per sample (log)",
         "fid_domain (log)", log_x=True, log_y=True, height=520, note=note)
+
+
+def title_of(pairs):
+    """What the pairs say, for the picture."""
+    n, said = len(pairs), [row[-1] for row in pairs]
+    if "no verdict" in said:
+        return "Fewer sampling steps, or a sparser network?"
+    return (f"At the same sampler the ticket is better in {said.count('ticket')} of {n} settings, "
+            f"dense in {said.count('dense')}")
 
 
 def mark_front(table, means, name):
@@ -217,7 +226,7 @@ def main(argv=None):
         seeds = counted(len({job.seed for job in jobs}), "seed")
         note = (f"{exp.args.dataset}: means over {seeds}, FID "
                 f"from {args.samples:,} samples from the same noise")
-        draw(means, path + ".png", note + ". Percentages: weights pruned.")
+        draw(means, pairs, path + ".png", note + ". Percentages: weights pruned.")
     print(f"\n{charts.text_table(PAIRED, rounded(pairs))}\n")
     print(*said, note, f"{path}.csv, _paired.csv, .json, .png", sep="\n")
 
