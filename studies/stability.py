@@ -1,7 +1,7 @@
 """How stable are tickets, and does a stable start make a good one?
 
-    python -m studies.stability                                 # a small run on digits: minutes
-    python -m studies.stability --from runs/mnist --seeds 0 1 2
+    python -m studies.stability                       # a small run on digits: minutes
+    python -m studies.stability --from runs/mnist     # a finished run, all its seeds
 
 Two copies are trained on from step k with two data orders, for several steps k of one
 dense run: the instability analysis of Frankle, Dziugaite, Roy and Carbin, Linear Mode Connectivity
@@ -12,6 +12,7 @@ masks    Both copies are cut once to the density of the run's last tickets. Repo
          For scale: the IoU of tickets of two seeds, whose weights do not correspond.
 barrier  The most by which val_loss at (1 - a) A + a B lies above the straight line between its
          values at A and at B, over 11 points a. A and B are averaged weights (EMA), as in sampling.
+         Margin, from section 3 of the paper: a start is stable where it is below 2 % of A's.
 ticket   The dense network is cut once to the same density; the mask is laid over the state of each
          step k, and trained on. Copy A is the dense network itself, which sees the same batches.
          Copy B shows how large a difference the data order alone makes.
@@ -43,9 +44,10 @@ from prune import dense_masks, density, prune_magnitude
 from studies.common import (Study, add_run_flag, fit, open_run, over_seeds,
                             overlap, ticket_masks)
 from support import charts, cli
-from support.words import seeds_of
+from support.words import counted, seeds_of
 
-SHARES = 0.0, 0.05, 0.2, 0.5  # of the steps
+SHARES = 0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5  # of the steps
+STABLE = 0.02  # of the val_loss of copy A: a barrier below it counts as none
 ALPHAS = np.linspace(0, 1, 11)
 EXCESS = {"excess loss": "val_loss", "excess fid": "fid_domain"}  # ticket over copy A
 
@@ -86,9 +88,10 @@ def barrier(losses):
 
 
 def one_cut(exp, model, left):
-    """Masks of one cut by magnitude to density `left`, in the run's scope if it is layer or erk."""
-    scope = exp.args.scope if exp.args.scope in ("layer", "erk") else "global"
-    return prune_magnitude(model, dense_masks(model), 1 - left, scope)
+    """Masks of one cut to density `left`, as the run ranks weights (a ramp: over the network)."""
+    ramp = exp.args.scope == "ramp"
+    scope, score = ("global", "magnitude") if ramp else (exp.args.scope, exp.args.score)
+    return prune_magnitude(model, dense_masks(model), 1 - left, scope, score=score)
 
 
 def one_start(exp, seed, dense, ema, state, masks):
@@ -137,9 +140,21 @@ def rank_correlation(table, column):
     return found
 
 
+def stable_from(table):
+    """The smallest k from which on no seed has a barrier of STABLE or more; None: there is none."""
+    low = None
+    for k in sorted({row["k"] for row in table}, reverse=True):
+        if any(row["barrier"] >= STABLE * row["val_loss A"] for row in table if row["k"] == k):
+            break
+        low = k
+    return low
+
+
 def conclude(table, strangers):
     """What the figures say, with their n."""
-    said = []
+    k, seeds = stable_from(table), {row["seed"] for row in table}
+    said = [f"Barrier below {STABLE:.0%} of val_loss in {counted(len(seeds), 'seed')}: "
+            + ("at no k." if k is None else f"from step {k} on.")]
     if strangers:
         said.append("IoU of tickets of two seeds: {:.3f}, by chance {:.3f}.".format(*strangers))
     for column in EXCESS:
@@ -169,8 +184,10 @@ def draw(table, paths, strangers, path, note):
     worst = "worst between A and B"
     rows = [row | {worst: max(paths[row["seed"], row["k"]])} for row in table]
     columns = worst, "val_loss A", "val_loss B", "val_loss ticket"
-    draw_over_k(rows, columns, path + ".png",
-                "Stability of the start, and the ticket rewound to it", "val_loss",
+    k = stable_from(table)
+    title = ("At every k tried the data order leads to another basin" if k is None else
+             f"From step {k} on the data order no longer matters: no barrier between A and B")
+    draw_over_k(rows, columns, path + ".png", title, "val_loss",
                 log_y=True, note=f"A, B: dense, two data orders from step k. {note}")
     levels = [("tickets of two seeds", strangers[0], "dotted")] if strangers else ()
     draw_over_k(table, ("IoU", "by chance"), path + "_masks.png",
@@ -181,7 +198,7 @@ def draw(table, paths, strangers, path, note):
 def starts(args, exp, rows):
     """(seeds, steps k), checked."""
     last, steps = exp.args.rounds, exp.args.steps
-    seeds = cli.once(args.seeds or exp.args.seeds[:1])
+    seeds = cli.once(args.seeds or exp.args.seeds)
     for seed in seeds:
         if Job(seed, last, "ticket") not in rows:
             cli.refuse("seeds", f"{exp.args.out} has no ticket of "
@@ -198,10 +215,10 @@ def main(argv=None):
     add_run_flag(study)
     add = study.add_argument
     add("--seeds", nargs="+", type=cli.seed_number,
-        help="which of its seeds (default: the first)")
+        help="which of its seeds (default: all)")
     add("--shares", nargs="+", type=cli.fraction, default=SHARES,
         metavar="SHARE", help="k as shares of the steps, beside the run's "
-        "own k (default: 0 0.05 0.2 0.5)")
+        "own k (default: 0 0.01 0.02 0.05 0.1 0.2 0.5)")
     with study.arguments(argv) as args:
         exp, rows = open_run(args.run)
         seeds, ks = starts(args, exp, rows)

@@ -22,7 +22,7 @@ def studied(tmp_path_factory):
         patch.setattr(lth, "VAL_IMAGES", 100)
         patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
         lth.main([*FLAGS.split(), "--seeds", "0", "1", "--out", str(folder / "run")])
-        stability.main(["--from", str(folder / "run"), "--shares", "0", "0.5", "--out", str(folder)])
+        stability.main(["--from", str(folder / "run"), "--seeds", "0", "--shares", "0", "0.5", "--out", str(folder)])
         yield folder
 
 
@@ -111,7 +111,7 @@ def test_one_cut_leaves_what_was_asked_for(exp, scope):
 
 
 def rows(seed, barriers, excess):
-    return [{"seed": seed, "k": k, "barrier": barrier, "excess loss": value, "excess fid": 1.0}
+    return [{"seed": seed, "k": k, "barrier": barrier, "val_loss A": 100.0, "excess loss": value, "excess fid": 1.0}
             for k, (barrier, value) in enumerate(zip(barriers, excess))]
 
 
@@ -121,6 +121,13 @@ def test_rank_correlation_by_hand():
     assert found == {0: pytest.approx(1), 1: pytest.approx(-1)}
     for flat in rows(0, [1, 1, 1], [1, 2, 3]), rows(0, [1, 2], [1, 2]):
         assert np.isnan(stability.rank_correlation(flat, "excess loss")[0])
+
+
+def test_a_start_is_stable_where_no_later_one_has_a_barrier():
+    """2 % of 100; every seed counts, and a barrier at a later k undoes an earlier one."""
+    assert stability.stable_from(rows(0, [3, 1, 1], [0, 0, 0])) == 1
+    assert stability.stable_from(rows(0, [3, 1, 1], [0, 0, 0]) + rows(1, [3, 2, 1], [0, 0, 0])) == 2
+    assert stability.stable_from(rows(0, [1, 1, 3], [0, 0, 0])) is None
 
 
 def test_conclusions_say_their_n():
