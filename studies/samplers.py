@@ -7,8 +7,8 @@ The dense network and the tickets draw equally many samples from the same noise,
 sampling (Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, 2020, 2006.11239), DDIM
 (Song, Meng and Ermon, Denoising Diffusion Implicit Models, 2020, 2010.02502), DPM-Solver++(2M) (Lu
 et al., DPM-Solver++, 2022, 2211.01095) and Heun's method on the noise levels of EDM (Karras et al.,
-Elucidating the Design Space of Diffusion-Based Generative Models, 2022, 2206.00364, algorithm 1 and
-equation 5), with several numbers of network evaluations. The work of a sample is evaluations times
+Elucidating the Design Space of Diffusion-Based Generative Models, 2022, 2206.00364, algorithm 1,
+eq. 5), with several numbers of network evaluations. The work of a sample is evaluations times
 live multiply-accumulates: what a machine that skips zeros would do. The seconds are those of this
 machine, which skips none. A setting is on the Pareto front if no other is at least as good at no
 higher cost.
@@ -44,7 +44,7 @@ PAIRED = ["round", "sampler", "evaluations", "seeds", "dense", "ticket", "ticket
 
 
 def heun_levels(diffusion, evaluations):
-    """t, descending: EDM's noise levels (2206.00364, equation 5) for 2 n - 1 evaluations, rounded
+    """t, descending: EDM's noise levels (2206.00364, eq. 5) for 2 n - 1 evaluations, rounded
     to steps of the chain; sigma = sqrt((1 - abar) / abar)."""
     sigmas, n = sigmas_of(diffusion), (evaluations + 1) // 2
     ends = sigmas[[-1, 0]] ** (1 / RHO)
