@@ -1,18 +1,19 @@
 """Which way to find a ticket is worth its cost? Methods at equal density and at equal total cost.
 
-    python -m studies.comparison                              # digits, one seed: an hour
+    python -m studies.comparison                              # drawn digits, three seeds
     python -m studies.comparison --only oneshot random rigl   # some of the methods, and imp
-    python -m studies.comparison --dataset mnist --rounds 13 --control-rounds 7 10 13 \\
-        --more-seeds 1 2
+    python -m studies.comparison --dataset mnist --preset tiny --steps 560
 
-Other flags go to lth_diffusion.py. Each method has a folder of its own and goes on where it
-stopped; methods that go back to the same step share their dense networks. At equal density, a
-method that iterates has trained many times as long as one that cuts once. Therefore oneshot, random
-and rigl are run a second time, with as many steps as bring their total to that of `imp` at its last
-round ('equal cost').
+Other flags go to lth_diffusion.py. 90 % sparsity in five rounds, unless they say otherwise. Each
+method has a folder of its own and goes on where it stopped; methods that go back to the same step
+share their dense networks. At equal density, a method that iterates has trained many times as long
+as one that cuts once. Therefore some are run a second time, longer, so that their total comes to
+that of `imp` at its last round ('equal cost'): oneshot, early-bird and random in training steps,
+rigl in multiply-accumulates.
 
-What would change our mind about iterating: a method of one cut that is as good at the same total
-cost.
+Margin, fixed before the run: a tenth of the fid_domain of `imp`; intervals of 90 % over seeds,
+paired. What would change our mind about iterating: a method of one cut that is as good at the same
+total cost.
 """
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module:  python -m studies.comparison")
@@ -23,9 +24,9 @@ import os
 import numpy as np
 
 import lth_diffusion as lth
-from methods import (channels, cka, magnitude_init, oneshot,
-                     random_pruning, rigl, rst, taylor)
-from studies.common import SMALL, Study, deviation, rows_of, take_dense
+from methods import (channels, cka, early_bird, magnitude_init, oneshot, random_pruning, rigl, rst,
+                     taylor)
+from studies.common import Study, deviation, over_seeds, rounded, rows_of, take_dense
 from support import charts, cli, runs
 
 ITERATE = {  # name -> (module, its flags); the first is what the others are compared with
@@ -40,6 +41,7 @@ ITERATE = {  # name -> (module, its flags); the first is what the others are com
 ONCE = {  # one cut of the trained network
     "oneshot": (oneshot, ""),
     "oneshot-taylor": (taylor, "--oneshot"),
+    "early-bird": (early_bird, ""),
 }
 EARLY = {  # chosen before training, trained from step 0
     "magnitude-init": (magnitude_init, ""),
@@ -49,13 +51,19 @@ EARLY = {  # chosen before training, trained from step 0
     "rst": (rst, ""),
 }
 METHODS = ITERATE | ONCE | EARLY
-LONGER = ("oneshot", "random", "rigl")  # run again, at the total cost of imp
+EIGHT = "imp", "imp-layer", "oneshot", "early-bird", "random", "rigl", "set", "channels"  # default
 LONG = ", equal cost"
 STEPS = "train_steps_total"  # to find the ticket and to train it
+# Run again, at the total cost of imp in this column.
+LONGER = dict.fromkeys(["oneshot", "early-bird", "random"], STEPS) | dict(rigl="train_macs_total")
+MARGIN = 0.1  # of imp
+USUAL = {"--rounds": "5", "--final-sparsity": "0.9", "--control-rounds": "3 5",
+         "--seeds": "10 11 12"}
 MEANS = ["fid_domain", "over_dense", "val_loss", "train_macs_total",
          "macs_live", "seconds_per_1000"]
 HEADER = ["method", "round", "pruned", "live_weights", STEPS, "seeds",
           "fid_domain", "sd", *MEANS[1:]]
+PAIRED = ["method", "seeds", "fid_domain", "less imp", "low", "high", "answer"]
 RUNS = ["seed", "round", "arm", "sparsity", "live_weights", "fid_domain",
         "val_loss", STEPS, "train_macs_total"]
 
@@ -94,12 +102,11 @@ def compare(args, common):
     for name in names:
         seeds = common.seeds + args.more_seeds * (name not in ITERATE)
         found[name] = run(name, flags_of(name, args, seeds), done)
-    total = max(row[STEPS] for row in found["imp"] if row["arm"] == "ticket")
     for name in (name for name in LONGER if name in names):
-        # the ticket alone, or the dense network and then the ticket from step k
-        trainings = 1 if name in EARLY else 2 - common.rewind
+        total, mine = (np.mean([row[LONGER[name]] for row in found[one] if row["arm"] == "ticket"
+                                and row["round"] == common.rounds]) for one in ("imp", name))
         flags = flags_of(name, args, common.seeds, "-longer")
-        flags += ["--steps", str(round(total / trainings))]
+        flags += ["--steps", str(round(common.steps * total / mine))]
         flags += ["--control-rounds", str(common.rounds)]
         found[name + LONG] = run(name, flags, done)
     return found
@@ -148,6 +155,35 @@ def summarise(found):
         yield line
 
 
+def paired(found, last):
+    """Rows of PAIRED: every method in the last round, and at equal cost, against imp."""
+    imp = fids(found["imp"], last, "ticket")
+    values = {name: fids(rows, last, "ticket") for name, rows in found.items()}
+    values |= {"dense": fids(found["imp"], 0, "dense")}
+    for name, mine in values.items():
+        seeds = sorted(set(mine) & set(imp))
+        if seeds and name != "imp":
+            gap = over_seeds([mine[seed] - imp[seed] for seed in seeds])
+            scale = np.mean([imp[seed] for seed in seeds])
+            yield [name, len(seeds), float(np.mean([mine[seed] for seed in seeds])), *gap,
+                   answer(gap, MARGIN * scale)]
+
+
+def fids(rows, number, arm):
+    """{seed: fid_domain}."""
+    return {row["seed"]: row["fid_domain"] for row in rows
+            if (row["round"], row["arm"]) == (number, arm)}
+
+
+def answer(gap, margin):
+    """What the interval of a difference from imp says."""
+    _, low, high = gap
+    if low is None:
+        return "no verdict"
+    return ("better" if high < -margin else "worse" if low > margin else
+            "as good" if -margin < low and high < margin else "not shown")
+
+
 def columns_of(line, last):
     """The columns of the heat map that a line of the table fills: rounds, or LONG."""
     if line["method"].endswith(LONG):
@@ -175,8 +211,10 @@ def draw(table, number, path, note):
     matrix = [[cells[name].get(column) for column in [*imp, LONG]]
               for name in order]
     titles = [*(line["pruned"] for line in imp.values()), "equal\ncost"]
+    best = next(name for name in order if name in METHODS)
     charts.heat_map(matrix, [names[name] for name in order], titles, path,
-                    "Every way to find a ticket: fid_domain", note, log=True,
+                    f"fid_domain by method: at {imp[number]['pruned']} the lowest mean is that of "
+                    f"{best}", note, log=True,
                     x_label="weights pruned", bar_label="lower is better")
 
 
@@ -191,12 +229,16 @@ def report(study, path, common, found):
     for name, rows in found.items():
         every += [[name, *(row[column] for column in RUNS)] for row in rows]
     study.save(path + "_runs", ["method", *RUNS], every, **facts)
+    pairs = list(paired(found, common.rounds))
+    study.save(path + "_paired", PAIRED, pairs, **facts)
     note = (f"{common.dataset}, {common.steps:,} steps of {common.batch} images "
             f"per training run; FID from {common.samples:,} samples; n: seeds. "
             "(%): pruned in the end, where that is not what imp has. Equal cost: "
-            f"as many steps in all as imp took, n={len(common.seeds)}.")
+            f"as many steps in all as imp took (rigl: MACs), n={len(common.seeds)}.")
     draw(table, common.control_rounds[-1], path + ".png", note)
-    print(f"\n{charts.text_table(HEADER, cells)}\n\n{note}\n{path}.csv, .json, .png")
+    print(f"\n{charts.text_table(HEADER, rounded(cells))}\n\n"
+          f"{charts.text_table(PAIRED, rounded(pairs))}\n\n{note}\n"
+          f"{path}.csv, _paired.csv, _runs.csv, .json, .png")
 
 
 def main(argv=None):
@@ -204,14 +246,18 @@ def main(argv=None):
     study = Study("studies.comparison", __doc__)
     add = study.add_argument
     add("--only", nargs="+", choices=METHODS, metavar="METHOD",
-        default=list(METHODS), help=f"some of {', '.join(METHODS)}; imp is run too")
+        default=list(EIGHT), help=f"some of {', '.join(METHODS)}; imp is run too (default: "
+        f"{' '.join(EIGHT)})")
     add("--more-seeds", nargs="+", type=cli.seed_number, default=[],
         metavar="S", help="more seeds for the methods that do not iterate")
     add("--runs", type=cli.path,
         help="folder of the runs (default: runs/comparison_DATASET)")
     with study.arguments(argv, ["--scope", "--controls"]) as args:
-        if not any(flag.startswith("--rounds") for flag in args.rest):
-            args.rest = [*SMALL, "--control-rounds", "1", "2", *args.rest]
+        given = {flag.split("=")[0] for flag in args.rest}
+        pruning = {"--rounds", "--final-sparsity", "--prune-rate", "--control-rounds"}
+        for flag, values in USUAL.items():
+            if flag not in given and not (flag in pruning and pruning & given):
+                args.rest += [flag, *values.split()]
         common, _ = lth.parse_args(args.rest)  # a mistake in them ends here
         if set(common.seeds) & set(args.more_seeds):
             cli.refuse("more-seeds", "name none that --seeds names")

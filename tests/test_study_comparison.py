@@ -8,7 +8,7 @@ import lth_diffusion as lth
 from studies import comparison
 from support import report, runs
 
-SMALL = "--rounds 2 --steps 16 --batch 8 --samples 16 --nfe 4 --control-rounds 1 2".split()
+SMALL = "--rounds 2 --steps 16 --batch 8 --samples 16 --nfe 4 --control-rounds 1 2 --seeds 0".split()
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def test_one_dense_network_for_all_that_rewind_to_one_step(compared):
 @pytest.mark.parametrize("flags, said", [
     ("--scope=layer", "argument --scope: this study sets it itself"),
     ("--controls reinit", "argument --controls: this study sets it itself"),
-    ("--more-seeds 0", "argument --more-seeds: name none that --seeds names"),
+    ("--seeds 0 --more-seeds 0", "argument --more-seeds: name none that --seeds names"),
     ("--runs README.md", "argument --runs: cannot write to README.md"),
-    ("--steps 30", "argument --steps: 30 are too few for rst"),
+    ("--steps 30 --only rst", "argument --steps: 30 are too few for rst"),
     ("--nothing", "unrecognized arguments: --nothing"),
 ])
 def test_a_mistake_is_said_before_anything_runs(flags, said, tmp_path, monkeypatch, capsys):
@@ -109,6 +109,16 @@ def test_summary_by_hand():
     assert lines["imp"]["over_dense"] == 0  # +1 and -1
     assert lines["imp"]["sd"] == pytest.approx(0.5 ** 0.5)
     assert lines["oneshot, equal cost"]["over_dense"] == -1 and lines["oneshot"]["sd"] is None
+
+
+@pytest.mark.parametrize("value, said", [(8.0, "better"), (10.0, "as good"), (12.0, "worse"), (11.05, "not shown")])
+def test_answers_are_paired_and_have_a_margin(value, said):
+    imp = [row(seed, 2, "ticket", 10.0 + seed, 40) for seed in range(3)]
+    other = [row(seed, 2, "ticket", value + seed + 0.1 * (seed - 1), 40) for seed in range(3)]
+    dense = [row(seed, 0, "dense", 20.0, 20) for seed in range(3)]
+    found = {line[0]: line[1:] for line in comparison.paired({"imp": [*dense, *imp], "random": other}, 2)}
+    assert found["random"][0] == 3 and found["random"][2] == pytest.approx(value - 10) and found["random"][-1] == said
+    assert found["dense"][-1] == "worse" and "imp" not in found
 
 
 def test_columns_of_the_picture():
