@@ -201,6 +201,15 @@ def over_seeds(values, alpha=0.05):
     return t_test(values, alpha)[1]
 
 
+def better_or_worse(gap, margin):
+    """What the interval of a difference (mean, low, high), of which lower is better, says."""
+    _, low, high = gap
+    if low is None:
+        return "no verdict"
+    return ("better" if high < -margin else "worse" if low > margin else
+            "as good" if -margin < low and high < margin else "not shown")
+
+
 def rounded(table):
     """Its cells as a reader wants them: four digits."""
     return [[f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in table]

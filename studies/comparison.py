@@ -26,7 +26,8 @@ import numpy as np
 import lth_diffusion as lth
 from methods import (channels, cka, early_bird, magnitude_init, oneshot, random_pruning, rigl, rst,
                      taylor)
-from studies.common import Study, deviation, over_seeds, rounded, rows_of, take_dense
+from studies.common import (Study, better_or_worse, deviation, over_seeds, rounded, rows_of,
+                            take_dense)
 from support import charts, cli, runs
 
 ITERATE = {  # name -> (module, its flags); the first is what the others are compared with
@@ -166,22 +167,13 @@ def paired(found, last):
             gap = over_seeds([mine[seed] - imp[seed] for seed in seeds])
             scale = np.mean([imp[seed] for seed in seeds])
             yield [name, len(seeds), float(np.mean([mine[seed] for seed in seeds])), *gap,
-                   answer(gap, MARGIN * scale)]
+                   better_or_worse(gap, MARGIN * scale)]
 
 
 def fids(rows, number, arm):
     """{seed: fid_domain}."""
     return {row["seed"]: row["fid_domain"] for row in rows
             if (row["round"], row["arm"]) == (number, arm)}
-
-
-def answer(gap, margin):
-    """What the interval of a difference from imp says."""
-    _, low, high = gap
-    if low is None:
-        return "no verdict"
-    return ("better" if high < -margin else "worse" if low > margin else
-            "as good" if -margin < low and high < margin else "not shown")
 
 
 def columns_of(line, last):

@@ -1,0 +1,192 @@
+"""When do masks settle, and is an early-bird ticket as good as one found by rounds?
+
+    python -m studies.early_birds                     # a small run on digits first: minutes
+    python -m studies.early_birds --from runs/mnist   # a finished run, all its seeds
+
+Early-bird tickets (You et al., Drawing Early-Bird Tickets, 2020, 1909.11957; methods/early_bird.py)
+take the mask as soon as it hardly changes. Whalen et al., 2025 (2504.09606), draw one for each
+region of diffusion steps and join them when sampling. At the density of the run's last tickets:
+
+settling    The distance of each new mask from the one before it, in the training of dense.
+ticket      The run's own, found by rounds; dense and reinit stand beside it.
+early bird  Search and training together take as many steps as dense does.
+by region   Two early birds, of the upper and the lower half of t, each searched and trained on its
+            half alone, for half of the steps; together they store twice as many weights.
+dense by region   The same without masks: what is due to the halves and not to pruning.
+
+Margin, fixed before the run: a tenth of the fid_domain of the ticket; intervals of 90 % over seeds,
+paired. What would change our mind about 'rounds find better tickets': an early bird that is shown
+to be as good, for it costs a fraction.
+"""
+if __name__ == "__main__" and not __package__:
+    raise SystemExit("run it as a module:  python -m studies.early_birds")
+
+import argparse
+import copy
+import os
+
+import numpy as np
+import torch
+from torch import nn
+
+from ddpm import Diffusion
+from lth_diffusion import Job
+from methods import early_bird
+from studies.common import (Study, add_run_flag, better_or_worse, fit, open_run, over_seeds,
+                            rounded)
+from support import charts
+from support.words import seeds_of
+
+MARGIN = 0.1  # of the ticket
+REGIONS = {"upper half": (0.5, 1.0), "lower half": (0.0, 0.5)}  # of t: much noise, little noise
+ALL = "all t"
+HEADER = ["seed", "arm", "settled at", "training steps", "fid_domain", "val_loss"]
+SETTLING = ["seed", "region", "step", "distance from the mask before"]
+PAIRED = ["arm", "seeds", "training steps / dense", "fid_domain", "less ticket", "low", "high",
+          "answer"]
+
+
+class Region(Diffusion):
+    """The same diffusion, trained on t from low * T up to high * T only."""
+
+    def __init__(self, whole, low, high):
+        super().__init__(whole.T, whole.schedule, whole.prediction, whole.weighting)
+        self.first, self.share = round(low * whole.T), high - low
+
+    def loss(self, model, x0, t, noise):
+        """As ever, at t drawn from the region: t, which is uniform over all steps, is squeezed."""
+        return super().loss(model, x0, self.first + (self.share * t).long(), noise)
+
+
+class Joined(nn.Module):
+    """Two networks as one: `upper` where t is in the upper half, `lower` elsewhere."""
+
+    def __init__(self, upper, lower, switch):
+        super().__init__()
+        self.upper, self.lower, self.switch = upper, lower, switch
+
+    def forward(self, x, t):
+        is_upper = t >= self.switch  # (B,)
+        if bool(is_upper.all()) or not bool(is_upper.any()):  # sampling: all t are equal
+            return (self.upper if bool(is_upper[0]) else self.lower)(x, t)
+        return torch.where(is_upper[:, None, None, None], self.upper(x, t), self.lower(x, t))
+
+
+def at_region(exp, region):
+    """The experiment as it is for one region of t: half of the steps, on its half."""
+    if region == ALL:
+        return exp
+    mine = copy.copy(exp)
+    steps = exp.args.steps // 2
+    mine.args = argparse.Namespace(**vars(exp.args) | dict(
+        steps=steps, warmup=max(1, exp.args.warmup // 2)))
+    mine.diffusion = Region(exp.diffusion, *REGIONS[region])
+    return mine
+
+
+def early_bird_of(exp, seed, region):
+    """(EMA of the early-bird ticket, step at which its mask settled, rows of SETTLING)."""
+    mine, said = at_region(exp, region), []
+    args = argparse.Namespace(**vars(mine.args) | dict(control_rounds=[exp.args.rounds]))
+
+    def follow(step, r, distances):
+        if distances:
+            said.append([seed, region, step, distances[-1]])
+    masks, state = early_bird.search(args, mine, seed, follow)[exp.args.rounds]
+    name = f"early_birds_{region.replace(' ', '_')}_seed{seed}"
+    return fit(mine, name, seed, exp.new_model(seed), masks, state), state["step"], said
+
+
+def networks(exp, rows, seed):
+    """(arm, network, settled at, training steps, rows of SETTLING) of every arm of a seed."""
+    steps, last = exp.args.steps, exp.args.rounds
+    for arm in "dense", "ticket", "reinit":
+        job = Job(seed, 0 if arm == "dense" else last, arm)
+        if job in rows:
+            trained = exp.load(job)
+            yield arm, trained.ema, None, trained.row["train_steps_total"], []
+    model, settled, said = early_bird_of(exp, seed, ALL)
+    yield "early bird", model, settled, steps, said
+    both = {region: early_bird_of(exp, seed, region) for region in REGIONS}
+    switch = exp.diffusion.T // 2
+    said = [row for *_, mine in both.values() for row in mine]
+    yield ("by region", Joined(*(model for model, *_ in both.values()), switch),
+           " and ".join(str(step) for _, step, _ in both.values()), 2 * (steps // 2), said)
+    dense = [fit(at_region(exp, region), f"early_birds_dense_{region.replace(' ', '_')}_seed{seed}",
+                 seed, exp.new_model(seed)) for region in REGIONS]
+    yield "dense by region", Joined(*dense, switch), None, 2 * (steps // 2), []
+
+
+def measure(exp, rows, seeds):
+    """(rows of HEADER, rows of SETTLING)."""
+    table, settling = [], []
+    for seed in seeds:
+        for arm, model, settled, steps, said in networks(exp, rows, seed):
+            samples = exp.draw(model, seed, label=f"seed {seed} {arm}: sample")
+            table.append([seed, arm, settled, steps, exp.quality(samples)["fid_domain"],
+                          exp.errors(model)["val_loss"]])
+            settling += said
+            print(f"seed {seed} {arm}: fid_domain {table[-1][4]:.2f}", flush=True)
+    return table, settling
+
+
+def paired(table):
+    """Rows of PAIRED: every arm against the ticket."""
+    values, steps = {}, {}
+    for seed, arm, _, total, fid, _ in table:
+        values.setdefault(arm, {})[seed] = fid
+        steps[arm] = total
+    ticket = values["ticket"]
+    for arm, mine in values.items():
+        gap = over_seeds([mine[seed] - ticket[seed] for seed in sorted(mine)])
+        margin = MARGIN * float(np.mean(list(ticket.values())))
+        yield [arm, len(mine), steps[arm] / steps["dense"], float(np.mean(list(mine.values()))),
+               *gap, "" if arm == "ticket" else better_or_worse(gap, margin)]
+
+
+def draw(settling, table, path, note):
+    """Distances over training steps: a line for each region, means over seeds."""
+    series = []
+    for region in (ALL, *REGIONS):
+        by_step = {}
+        for _, its, step, distance in settling:
+            if its == region:
+                by_step.setdefault(step, []).append(distance)
+        shown = {step: float(np.mean(values)) for step, values in sorted(by_step.items())}
+        series.append(dict(label=region, x=list(shown), y=list(shown.values()), style="solid"))
+    settled = [row[2] for row in table if row[1] == "early bird"]
+    title = (f"Masks settle after {min(settled):,} to {max(settled):,} steps" if
+             min(settled) < max(settled) else f"Masks settle after {settled[0]:,} steps")
+    charts.line_chart(series, path, title, "training step", "distance from the mask before",
+                      hlines=[("near enough", early_bird.NEAR, "dashed")], note=note)
+
+
+def main(argv=None):
+    """The command line."""
+    study = Study("studies.early_birds", __doc__)
+    add_run_flag(study)
+    with study.arguments(argv) as args:
+        exp, rows = open_run(args.run)
+        seeds = [seed for seed in exp.args.seeds
+                 if Job(seed, exp.args.rounds, "ticket") in rows]
+        path = os.path.join(args.out, f"early_birds_{exp.args.dataset}")
+        table, settling = measure(exp, rows, seeds)
+        facts = dict(n=exp.args.samples, near=early_bird.NEAR, before=early_bird.BEFORE)
+        summary = list(paired(table))
+        study.save(path, HEADER, table, exp.device, **facts)
+        study.save(path + "_settling", SETTLING, settling, exp.device, **facts)
+        study.save(path + "_paired", PAIRED, summary, exp.device, **facts)
+        left = 100 * density_of(exp, seeds[0])
+        draw(settling, table, path + ".png", f"{exp.args.dataset}, {exp.args.steps:,} steps, masks "
+             f"of {left:.3g} % of the weights, {seeds_of(seeds)}; halves: half of the steps each.")
+    print(f"\n{charts.text_table(PAIRED, rounded(summary))}\n\n{path}.csv, _paired.csv, "
+          "_settling.csv, .json, .png")
+
+
+def density_of(exp, seed):
+    """The share of weights that the run's last tickets keep."""
+    return 1 - exp.load(Job(seed, exp.args.rounds, "ticket")).row["sparsity"]
+
+
+if __name__ == "__main__":
+    main()
