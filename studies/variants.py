@@ -1,28 +1,26 @@
-"""Do tickets depend on the noise schedule, or on what the network predicts?
+"""Do tickets depend on the noise schedule, on what the network predicts, on the loss's weights?
 
-    python -m studies.variants                                # digits, one seed: some 20 minutes
-    python -m studies.variants --only cosine/eps sigma/eps    # two of the variants
-    python -m studies.variants --dataset mnist --seeds 0 1 2 --rounds 10
+    python -m studies.variants                                # drawn digits, three seeds
+    python -m studies.variants --only linear/v/plain linear/eps/plain     # two of the variants
+    python -m studies.variants --dataset mnist --preset tiny --steps 560
 
-Flags that are not the study's own go to lth_diffusion.py. Each variant is one run of it, in
-runs/variants_DATASET/VARIANT. The same command goes on where it stopped.
+Flags that are not the study's own go to lth_diffusion.py. Each variant (noise schedule, prediction,
+weighting of the loss by t) is one run of it, in runs/variants_DATASET/VARIANT; the same command
+goes on where it stopped.
 
-linear/eps   Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, 2020, 2006.11239
-cosine/eps   Nichol and Dhariwal, Improved Denoising Diffusion, 2021, 2102.09672
-linear/v     Salimans and Ho, Progressive Distillation for Fast Sampling, 2022, 2202.00512
-sigma/eps    Song et al., Score-Based Generative Modeling through SDEs, 2021, 2011.13456
+linear   Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, 2020, 2006.11239
+cosine   Nichol and Dhariwal, Improved Denoising Diffusion, 2021, 2102.09672
+sigma    score-based: Song et al., Score-Based Generative Modeling through SDEs, 2021, 2011.13456
+v        Salimans and Ho, Progressive Distillation for Fast Sampling, 2022, 2202.00512
+min-snr  Hang et al., Efficient Diffusion Training via Min-SNR Weighting, 2023, 2303.09556
 
-Jiang et al., Successfully Applying Lottery Ticket Hypothesis to Diffusion Model, 2023, 2310.18823,
-report that two tickets of one network are more alike in upstream blocks than in downstream ones,
-and choose rates by depth for that reason. Measured here, by residual block: the CKA of the weights
-of two dense networks trained from step k on different data orders and, as a null, of networks with
-different initialisations. Theirs is the CKA of tickets; for that see studies/layers.py. A slope is
-the change from the first block to the last along a straight line. val_loss is an error on eps at
-the noise levels of the schedule: compare it between variants of one schedule only.
+Winning, in each variant, is what it is in the main job: within 10 % of dense, better than reinit,
+better than a random mask, each by a one-sided paired t test at 5 %, here without adjustment over
+variants. Intervals are 90 %. val_loss is an error on eps at the noise levels of the schedule:
+compare it between variants of one schedule only.
 
-What would change our mind about 'a ticket is a ticket under any schedule': a variant in which it
-loses to reinit or to the random mask in every seed while it beats them in the others. About
-'upstream blocks are more alike': a slope of CKA that is not below 0 and below that of the null.
+What would change our mind about 'a ticket is a ticket under any loss': a variant in which reinit is
+shown to be better than the ticket.
 """
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module:  python -m studies.variants")
@@ -36,18 +34,19 @@ import torch
 
 import lth_diffusion as lth
 from ddpm import Diffusion, sampling_times
-from methods.cka import PROBE_SEED, block_similarity
-from studies.common import SMALL, Study, checkpoint, deviation, fit, over_seeds, slope
-from support import charts, cli
-from support.words import counted
+from studies.common import SMALL, Study, deviation, over_seeds, rounded
+from support import charts, cli, report
+from support.verdict import verdict
+from support.words import ARMS, seeds_of
 
-SIGMA = "sigma/eps"
-VARIANTS = "linear/eps", "cosine/eps", "linear/v", SIGMA
-ARMS = dict(dense="dense", ticket="ticket", reinit="reinit", random="random mask")
+SIGMA = "sigma/eps/plain"
+VARIANTS = ("linear/v/min-snr", "linear/v/plain", "linear/eps/min-snr", "linear/eps/plain",
+            "cosine/v/min-snr", SIGMA)
+SHOWN = "dense", "ticket", "reinit", "random"
 # difference: fid_domain of the ticket less that of the arm, with the ends of its interval
 Row = collections.namedtuple("Row", "variant arm sparsity seeds fid_domain sd "
                              "difference low high val_loss")
-BLOCKS = ["variant", "seed", "block", "CKA", "CKA null"]
+VERDICTS = ["variant", "seeds", *SHOWN, "p", "answer"]
 
 
 class SigmaDiffusion(Diffusion):
@@ -88,12 +87,15 @@ class ScoreBased(lth.Experiment):
 
 def parse(name, rest, folder=None):
     """(flags, parser) of one variant's run of lth_diffusion.py."""
-    schedule, prediction = name.split("/")
-    flags = [*rest, "--prediction", prediction]
+    schedule, prediction, weighting = name.split("/")
+    flags = [*rest, "--prediction", prediction, "--weighting", weighting]
     if name != SIGMA:
         flags += ["--schedule", schedule]
-    if not any(flag.startswith("--rounds") for flag in rest):
-        flags = SMALL + flags
+    given = {flag.split("=")[0] for flag in rest}
+    if not {"--rounds", "--final-sparsity", "--prune-rate", "--control-rounds"} & given:
+        flags = [*SMALL, "--control-rounds", "2", *flags]
+    if "--seeds" not in given:
+        flags += ["--seeds", "10", "11", "12"]
     args, parser = lth.parse_args(flags)
     if not {"reinit", "random"} <= set(args.controls):
         cli.refuse("controls", "the ticket is compared with reinit and random; add them")
@@ -114,86 +116,45 @@ def arm_rows(name, exp, seeds):
         return [exp.rows.get(lth.Job(seed, number, arm)) for seed in seeds]
 
     ticket = [row["fid_domain"] for row in rows_of("ticket")]
-    for arm in ARMS:
+    for arm in SHOWN:
         rows = rows_of(arm)
         fids = [row["fid_domain"] for row in rows]
-        gap = [None] * 3
-        if arm != "ticket":
-            gap = over_seeds(np.subtract(ticket, fids))
+        gap = [None] * 3 if arm == "ticket" else over_seeds(np.subtract(ticket, fids))
         loss = np.mean([row["val_loss"] for row in rows])
-        yield Row(name, arm, rows[0]["sparsity"], len(rows), np.mean(fids),
-                  deviation(fids), *gap, loss)
+        yield Row(name, arm, rows[0]["sparsity"], len(rows), np.mean(fids), deviation(fids), *gap,
+                  loss)
 
 
-def trained(exp, seed):
-    """The dense network of a seed."""
-    return exp.load(lth.Job(seed, 0, "dense")).model
-
-
-def block_rows(name, exp, seeds):
-    """Rows of BLOCKS: CKA with the network of another data order, and of another initialisation.
-
-    The latter is the next seed's; with a single seed one more network is trained.
-    """
-    for number, seed in enumerate(seeds):
-        model, probe, order = trained(exp, seed), exp.new_model(seed), PROBE_SEED + seed
-        state = checkpoint(exp, seed)
-        fit(exp, f"variants_probe_seed{seed}", seed, probe, None, state, seed=order)
-        if len(seeds) > 1:
-            other = trained(exp, seeds[(number + 1) % len(seeds)])
-        else:
-            other = exp.new_model(lth.REINIT_SEED + seed)
-            fit(exp, f"variants_null_seed{seed}", seed, other)
-        null = block_similarity(model, other)
-        for block, value in block_similarity(model, probe).items():
-            yield [name, seed, block, value, null[block]]
+def verdict_row(name, exp, seeds):
+    """The row of VERDICTS of a variant."""
+    arms = {arm: {seed: exp.rows[lth.Job(seed, 0 if arm == "dense" else exp.args.rounds, arm)]
+                  ["fid_domain"] for seed in seeds} for arm in SHOWN}
+    found = verdict(arms, margin=lth.MARGIN)
+    answer = {True: "winning", False: "not shown", None: "no verdict"}[found.winning]
+    means = [float(np.mean(list(values.values()))) for values in arms.values()]
+    return [name, found.n, *means, found.p, answer]
 
 
 # --------------------------------------------------------------------------- what they show
 
-def slopes_of(blocks):
-    """{variant: (slope along the blocks, its standard error) of CKA and of its null}."""
-    groups, slopes = {}, {}
-    for name, _, block, *pair in blocks:
-        groups.setdefault(name, {}).setdefault(block, []).append(pair)
-    for name, by_block in groups.items():
-        means = np.mean([*by_block.values()], axis=1)  # (blocks, 2), over seeds
-        slopes[name] = [slope(column) for column in means.T]
-    return slopes
+def title_of(verdicts):
+    """What the verdicts say, for the picture."""
+    won = [row[0] for row in verdicts if row[-1] == "winning"]
+    return f"Tickets are shown to win in {len(won)} of {len(verdicts)} variants"
 
 
-def draw(table, path, note):
+def draw(table, title, path, note):
     """fid_domain by variant and arm."""
     names, series = cli.once(row.variant for row in table), []
-    for arm, label in ARMS.items():
+    for arm in SHOWN:
         rows = [row for row in table if row.arm == arm]
-        x = [names.index(row.variant) for row in rows]
         y = np.array([row.fid_domain for row in rows])
         sd = np.array([row.sd or np.nan for row in rows])
-        ends = dict(y_low=y - sd, y_high=y + sd)
-        series.append(dict(label=label, x=x, y=y, style="points", **ends))
-    charts.line_chart(
-        series, path, "Tickets under other schedules and predictions", "",
-        "fid_domain (log, lower is better)", log_y=True,
-        x_ticks=[*enumerate(names)], note=note)
-
-
-def conclude(table, slopes):
-    """How far the ticket is from each arm, and the slopes, by variant."""
-    n, lines = table[0].seeds, []
-    rule = "90 % intervals" if n > 2 else "no verdict"
-    for arm in "dense", "reinit", "random":
-        parts = []
-        for row in table:
-            if row.arm == arm:
-                ends = f" [{row.low:+.2f}, {row.high:+.2f}]" if n > 2 else ""
-                parts.append(f"{row.variant} {row.difference:+.2f}{ends}")
-        lines.append(f"fid_domain of the ticket less that of {ARMS[arm]}: "
-                     f"{', '.join(parts)} ({counted(n, 'seed')}, {rule}).")
-    for name, pair in slopes.items():
-        cka, null = (f"{value:+.3f} ± {error:.3f}" for value, error in pair)
-        lines.append(f"Slope of CKA along the blocks, {name}: {cka}; null {null}.")
-    return "\n".join(lines)
+        series.append(dict(label=ARMS[arm], x=[names.index(row.variant) for row in rows], y=y,
+                           style="points", y_low=y - sd, y_high=y + sd, **report.look_of(arm)))
+    ticks = [name.replace("/", "\n") for name in names]
+    charts.line_chart(series, path, title, "", "fid_domain (log, lower is better)", log_y=True,
+                      x_ticks=[*enumerate(ticks)], note=note)
 
 
 def main(argv=None):
@@ -201,11 +162,11 @@ def main(argv=None):
     study = Study("studies.variants", __doc__)
     add = study.add_argument
     add("--only", nargs="+", choices=VARIANTS, default=VARIANTS,
-        help="default: all four")
+        help="default: all six")
     add("--runs", type=cli.path,
         help="folder of the runs (default: runs/variants_DATASET)")
-    table, blocks = [], []
-    with study.arguments(argv, ("--schedule", "--prediction")) as args:
+    table, verdicts = [], []
+    with study.arguments(argv, ("--schedule", "--prediction", "--weighting")) as args:
         plans = {name: parse(name, args.rest, args.runs) for name in args.only}
         for name, (options, parser) in plans.items():
             print(f"\n--- {name}: {options.out}", flush=True)
@@ -213,18 +174,17 @@ def main(argv=None):
             kind = ScoreBased if name == SIGMA else lth.Experiment
             exp = lth.run(options, parser, experiment=kind)
             table += arm_rows(name, exp, seeds)
-            blocks += block_rows(name, exp, seeds)
+            verdicts.append(verdict_row(name, exp, seeds))
         path = f"{args.out}/variants_{options.dataset}"
-        slopes = slopes_of(blocks)
         facts = dict(n=options.samples, seeds=seeds, flags=vars(options))
         study.save(path, Row._fields, table, exp.device, **facts)
-        study.save(path + "_blocks", BLOCKS, blocks, exp.device, slopes=slopes, **facts)
+        study.save(path + "_verdicts", VERDICTS, verdicts, exp.device, **facts)
         bars = " Bars: standard deviation over seeds." if len(seeds) > 1 else ""
-        draw(table, path + ".png",
+        draw(table, title_of(verdicts), path + ".png",
              f"{options.dataset}, {options.steps:,} steps of {options.batch}; FID from "
-             f"{options.samples:,} samples; seeds {', '.join(map(str, seeds))}.{bars}")
-    print("", charts.text_table(Row._fields, table), "", conclude(table, slopes),
-          f"{path}*.csv, .json, .png", sep="\n")
+             f"{options.samples:,} samples; {seeds_of(seeds)}.{bars}")
+    print("", charts.text_table(Row._fields, rounded(table)), "",
+          charts.text_table(VERDICTS, rounded(verdicts)), "", f"{path}*.csv, .json, .png", sep="\n")
 
 
 if __name__ == "__main__":

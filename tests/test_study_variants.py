@@ -12,7 +12,7 @@ from studies import variants
 from support import report, runs
 from unet import PRESETS
 
-SMALL = ("--rounds 1 --prune-rate 0.5 --steps 8 --rewind 0.25 --batch 8 --samples 8 --nfe 10 "
+SMALL = ("--seeds 0 --rounds 1 --prune-rate 0.5 --steps 8 --rewind 0.25 --batch 8 --samples 8 --nfe 10 "
          "--precision fp32").split()
 
 
@@ -76,13 +76,13 @@ def tiny(monkeypatch):
 
 
 def test_variants(tiny, tmp_path, monkeypatch, capsys):
-    command = [*SMALL, "--only", "linear/v", "sigma/eps", "--runs", str(tmp_path / "runs"), "--out",
+    command = [*SMALL, "--only", "linear/v/plain", "sigma/eps/plain", "--runs", str(tmp_path / "runs"), "--out",
                str(tmp_path)]
     variants.main(command)
-    assert "1 seed, no verdict" in capsys.readouterr().out
+    assert "no verdict" in capsys.readouterr().out
     rows = read(tmp_path / "variants_digits.csv")
     assert [(row["variant"], row["arm"]) for row in rows] == [
-        (name, arm) for name in ("linear/v", "sigma/eps") for arm in variants.ARMS]
+        (name, arm) for name in ("linear/v/plain", "sigma/eps/plain") for arm in variants.SHOWN]
     fid = {(row["variant"], row["arm"]): float(row["fid_domain"]) for row in rows}
     for row in rows:
         name, arm = row["variant"], row["arm"]
@@ -90,26 +90,14 @@ def test_variants(tiny, tmp_path, monkeypatch, capsys):
         assert float(row["sparsity"]) == pytest.approx(pruned, abs=1e-4)
         if arm != "ticket":
             assert float(row["difference"]) == pytest.approx(fid[name, "ticket"] - fid[name, arm], abs=1e-2)
-    config = runs.read_config(tmp_path / "runs" / "sigma-eps")
+    config = runs.read_config(tmp_path / "runs" / "sigma-eps-plain")
     assert config["experiment"] == "ScoreBased" and config["args"]["prediction"] == "eps"
-    assert runs.read_config(tmp_path / "runs" / "linear-v")["args"]["prediction"] == "v"
-    blocks = read(tmp_path / "variants_digits_blocks.csv")
-    assert len(blocks) == 2 * 5  # one level: one block down, two in the middle, two up
-    for row in blocks:  # 6 steps from one theta_k leave networks alike, other weights have nothing in common
-        assert float(row["CKA"]) > 0.5 > abs(float(row["CKA null"]))
+    assert runs.read_config(tmp_path / "runs" / "linear-v-plain")["args"]["prediction"] == "v"
     assert (tmp_path / "variants_digits.png").stat().st_size > 10_000
     before = (tmp_path / "variants_digits.csv").read_bytes()
     monkeypatch.setattr(lth, "train", None)  # all that is trained is kept
     variants.main(command)
     assert (tmp_path / "variants_digits.csv").read_bytes() == before
-
-
-def test_slopes_by_hand():
-    """The line through the means over seeds."""
-    blocks = [["a", seed, block, value, -2 * value] for seed, values in ((0, (0, 1, 2)), (1, (0, 2, 4)))
-              for block, value in zip("xyz", values)]
-    cka, null = variants.slopes_of(blocks)["a"]
-    assert cka == pytest.approx((3, 0), abs=1e-9) and null == pytest.approx((-6, 0), abs=1e-9)
 
 
 def test_differences_by_hand():
@@ -122,25 +110,25 @@ def test_differences_by_hand():
     assert [row.difference for row in table] == [-2, None, 0, -12]
     half = 2.919986 / math.sqrt(3)  # t of 2 degrees of freedom at 95 %, times sd 1 over the root of 3
     assert (table[0].low, table[0].high) == pytest.approx((-2 - half, -2 + half), abs=1e-5)
-    said = variants.conclude(table, dict(a=[(-1.0, 0.1), (0.1, 0.2)]))
-    assert "less that of dense: a -2.00 [-3.69, -0.31]" in said and "90 % intervals" in said
-    assert "a: -1.000 ± 0.100; null +0.100 ± 0.200" in said
+    row = variants.verdict_row("a", exp, [0, 1, 2])
+    assert row[:6] == ["a", 3, 10, 8, 8, 20] and row[-1] == "not shown"  # no better than reinit
+    assert variants.title_of([row, [*row[:-1], "winning"]]) == "Tickets are shown to win in 1 of 2 variants"
 
 
 def test_every_variant_gets_its_own_run():
     folders = set()
     for name in variants.VARIANTS:
         args, _ = variants.parse(name, ["--seeds", "0", "1"])
-        assert f"{args.schedule}/{args.prediction}" == name.replace("sigma", "linear")
+        assert f"{args.schedule}/{args.prediction}/{args.weighting}" == name.replace("sigma", "linear")
         assert args.rounds == 2 and args.seeds == [0, 1]
         folders.add(args.out)
-    assert len(folders) == 4
-    assert variants.parse("linear/v", ["--rounds", "3"])[0].prune_rate == pytest.approx(0.2)
+    assert len(folders) == 6
+    assert variants.parse("linear/v/plain", ["--rounds", "3"])[0].prune_rate == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("flags, reason", [
     (["--controls", "small"], "reinit and random"), (["--fast"], "--fast"), (["--only", "cubic"], "cubic"),
-    (["--schedule", "cosine"], "--schedule"), (["--only", "sigma/eps", "--nfe", "4"], "--nfe")])
+    (["--schedule", "cosine"], "--schedule"), (["--only", "sigma/eps/plain", "--nfe", "4"], "--nfe")])
 def test_mistakes_end_in_one_line(flags, reason, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
         variants.main([*flags, "--out", str(tmp_path)])
