@@ -1,8 +1,8 @@
 """Do tickets transfer to another data set, or to a network of another depth?
 
     python -m studies.transfer --from runs/A runs/B    # data sets: two runs of one --preset
-    python -m studies.transfer                         # depth, on digits: half an hour
-    python -m studies.transfer --seeds 0 1 2 --steps 560
+    python -m studies.transfer                         # depth, on drawn digits, three seeds
+    python -m studies.transfer --dataset mnist --steps 560
 
 Data sets, both ways. The ticket of A trains on the images of B as B's own ticket does, from step k.
 Compared on B: its own ticket and controls, the mask of A on the state of B at step k, the mask and
@@ -16,9 +16,10 @@ mask together, to places of equal shapes: B1 B1 B2 where there are more places t
 units where there are fewer. All other layers are copied one to one, so the density changes a
 little. Other flags go to lth_diffusion.py, which makes these runs.
 
-Differences are paired by seed. Dense networks and new initialisations train from step 0, the others
-go on from step k with their optimizer. Each data set has its own feature extractor: compare
-fid_domain within a target.
+Differences are paired by seed, intervals 90 %. Margin, fixed before the run: a network is as good
+as the own ticket, or worse, where this is shown within, or beyond, a tenth of its fid_domain. Dense
+networks and new initialisations train from step 0, the others go on from step k with their
+optimizer. Each data set has its own feature extractor: compare fid_domain within a target.
 
 What would change our mind about 'a ticket is more than its layer densities': shuffled foreign masks
 that do as well as the foreign mask. About 'it is made for its data': foreign masks that do as well
@@ -37,8 +38,8 @@ import torch
 import lth_diffusion as lth
 from lth_diffusion import Job
 from prune import density, random_masks
-from studies.common import (SMALL, Study, checkpoint, fit, open_run,
-                            over_seeds, overlap, ticket_masks)
+from studies.common import (SMALL, Study, better_or_worse, checkpoint, fit, open_run, over_seeds,
+                            overlap, ticket_masks)
 from support import charts, cli
 from support.words import counted, seeds_of
 from unet import PRESETS, Downsample, ResBlock
@@ -51,7 +52,9 @@ ARMS = {OWN: "ticket", "own mask, shuffled": "random",
         "dense": "dense"}  # of the target's run
 ALIKE = "preset", "rounds", "prune_rate", "schedule", "prediction"  # in two runs
 SOURCE, TARGETS = 2, (3, 1)  # residual blocks per level
-DEPTH_RUN = [*SMALL, "--steps", "400", "--controls"]  # no controls
+DEPTH_RUN = [*SMALL, "--controls"]  # no controls
+SEEDS = ["--seeds", "10", "11", "12"]
+MARGIN = 0.1  # of the own ticket
 
 
 # --------------------------------------------------------------------------- elastic tickets
@@ -221,7 +224,8 @@ def across_depth(study, args):
     for blocks in SOURCE, *TARGETS:
         preset = f"tiny-{blocks}-blocks"
         PRESETS[preset] = PRESETS["tiny"] | dict(blocks=blocks)
-        given = [*DEPTH_RUN, *args.rest, "--preset", preset]
+        seeds = [] if any(flag.startswith("--seeds") for flag in args.rest) else SEEDS
+        given = [*DEPTH_RUN, *seeds, *args.rest, "--preset", preset]
         flags, parser = lth.parse_args(given)
         seeds = list(flags.seeds)  # a run adds those of its folder
         name = f"transfer_{flags.dataset}_{flags.steps}_{blocks}_blocks"
@@ -267,8 +271,9 @@ def conclude(way, fids):
     for network, group in fids.items():
         if group and network != OWN:
             gaps = [group[seed] - own[seed] for seed in group]
-            gap, low, high = over_seeds(gaps)
-            ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}]"
+            gap, low, high = found = over_seeds(gaps)
+            said = better_or_worse(found, MARGIN * float(np.mean([*own.values()])))
+            ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}], {said}"
             parts.append(f"{network} {gap:+.2f}{ends}")
     rule = "90 % intervals" if len(own) > 2 else "no verdict"
     mean = np.mean([*own.values()])

@@ -126,7 +126,7 @@ def test_shuffled_keeps_the_layers():
 def test_conclusions_are_paired_and_say_n():
     fids = {transfer.OWN: {0: 0, 1: 10, 2: 20}, "foreign mask": {0: 2, 1: 12, 2: 22}, "dense": {}}
     said = transfer.conclude("A to B", fids)
-    assert "own ticket 10.00" in said and "foreign mask +2.00 [+2.00, +2.00]" in said
+    assert "own ticket 10.00" in said and "foreign mask +2.00 [+2.00, +2.00], worse" in said
     assert "3 seeds, 90 % intervals" in said
     one = {network: {0: group[0]} for network, group in fids.items() if group}
     assert "foreign mask +2.00 (" in (said := transfer.conclude("A to B", one)) and "no verdict" in said
@@ -174,7 +174,7 @@ def test_across_data(pair, tmp_path, capsys):
 
 def test_across_depth(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", dict(base=8, mults=(1, 2), blocks=1, patch=2))
-    flags = [*MADE, "--steps", "4", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    flags = [*MADE, "--seeds", "0", "--steps", "4", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
     transfer.main(flags)
     said, rows = capsys.readouterr().out, read(tmp_path / "transfer_depth_digits.csv")
     assert "2 blocks to 3: own ticket" in said and "no verdict" in said
