@@ -42,7 +42,7 @@ from lth_diffusion import Job
 from methods.cka import PROBE_SEED, block_similarity
 from prune import live_counts, prunable
 from studies.common import (Study, add_run_flag, checkpoint, density_by_block, fit,
-                            open_run, over_seeds, overlap, slope)
+                            open_run, over_seeds, overlap, rounded, slope)
 from support import charts, cli, runs
 from support.words import seeds_of
 from unet import ResBlock
@@ -200,16 +200,21 @@ def slopes(table):
             yield [*start, *over_seeds(each, 0.025)]
 
 
-def conclude(lines):
-    """What rows of SLOPES say about the claim."""
-    said = []
+def ways(lines):
+    """{quantity: a sentence on how it goes with depth, for two tickets}, from rows of SLOPES."""
+    said = {}
     for quantity, pair, n, _, value, low, high in lines:
         if pair == "ticket, two orders":
             shown = n > 2 and low * high > 0
-            way = "rises" if value > 0 else "falls"
-            way = f"{way} with depth" if shown else "slope not shown"
-            said.append(f"{quantity} of two tickets: {way} ({value:+.3f})")
-    return f"{'; '.join(said)}. n={n}{', no verdict' * (n < 3)}."
+            way = f"{'rises' if value > 0 else 'falls'} with depth" if shown else "slope not shown"
+            said[quantity] = f"{quantity} of two tickets: {way} ({value:+.3f})"
+    return said
+
+
+def conclude(lines):
+    """What rows of SLOPES say about the claim."""
+    n = lines[0][2]
+    return f"{'; '.join(ways(lines).values())}. n={n}{', no verdict' * (n < 3)}."
 
 
 def draw_lines(table, quantity, labels, path, title, note, x_label=""):
@@ -224,16 +229,15 @@ def draw_lines(table, quantity, labels, path, title, note, x_label=""):
                       x_ticks=list(enumerate(labels)), note=note)
 
 
-def draw(table, path, note):
-    """Agreement and survival as lines, density as a heat map."""
+def draw(table, said, path, note):
+    """Agreement and survival as lines, density as a heat map. said: of ways()."""
     names = [row[3] for row in table if row[1] == "density"]
     blocks = list(dict.fromkeys(names))
     short = [block.replace(".blocks", "") for block in blocks]
-    draw_lines(table, "CKA", short, path + "_cka.png",
-               "How alike the weights of two networks are",
+    draw_lines(table, "CKA", short, path + "_cka.png", said["CKA"],
                f"{note} A gap: a layer was pruned away.")
-    draw_lines(table, "1 - R2", short, path + "_error.png",
-               "How badly one network's activations predict another's", note)
+    draw_lines(table, "1 - R2", short, path + "_error.png", said["1 - R2"],
+               f"{note} 1 - R2: how badly one network's activations predict another's.")
     tenths = [str(k + 1) for k in range(TENTHS)]
     draw_lines(table, "survival", tenths, path + "_survival.png",
                "Which weights survive, by their size at the start: "
@@ -287,13 +291,13 @@ def main(argv=None):
             study.save(path, HEADER, table, exp.device, **facts)
             print(f"seed {seed}: done", flush=True)
         note = f"{exp.args.dataset}, round {last}, {seeds_of(seeds)}."
-        draw(table, path, note)
+        lines = list(slopes(table))
+        draw(table, ways(lines), path, note)
         if len(tickets) > 1:
             shared = list(overlaps(tickets))
             study.save(path + "_overlap", OVERLAP, shared, **facts)
             draw_overlap(shared, path + "_overlap.png", note)
-    lines = list(slopes(table))
-    print(f"\n{charts.text_table(SLOPES, lines)}\n")
+    print(f"\n{charts.text_table(SLOPES, rounded(lines))}\n")
     print(f"{conclude(lines)}\n{path}*")
 
 
