@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from support import charts, cli, data, draw, quality, runs
+from support import charts, cli, data, draw, own, quality, runs
 
 SUFFIXES = ".png", ".jpg", ".jpeg"
 # Modes of Pillow, and what they are read as; 16 bits and floats would lose what they say.
@@ -159,24 +159,8 @@ def read_image(path):
 
 def read_npz(path):
     """uint8 [N, C, H, W] of an .npz file; OSError, in one line, for anything else in it."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            keys = [key for key in file.files if key == "images"] or file.files
-            if len(keys) != 1:
-                raise ValueError(f"it holds {', '.join(keys) or 'nothing'}: name the array of "
-                                 "images `images`")
-            array = file[keys[0]]
-    except MemoryError:
-        raise
-    except Exception as error:  # numpy, zipfile and zlib raise their own kinds
-        why = "it holds Python objects" if "allow_pickle" in str(error) else cli.first_line(error)
-        raise OSError(f"{path} cannot be read: {why}") from error
-    array = array[..., None] if array.ndim == 3 else array
-    fits = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3)
-    if not fits or 0 in array.shape:
-        raise OSError(f"{path} holds {array.dtype} {list(array.shape)}: images must be uint8 "
-                      "[N, H, W, C] or [N, H, W], with C = 1 or 3")
-    return torch.from_numpy(array.transpose(0, 3, 1, 2).copy())
+    images, _ = own.read_npz(path)
+    return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
 # --------------------------------------------------------------------------- whose features

@@ -279,7 +279,7 @@ def measure(path):
     """(median of the shorter sides in pixels, whether every image is grey, how many images)."""
     names, key = listing(path)
     if not names:
-        images, _ = read_npz(path)
+        images, _ = given_npz(path)
         same = all((part == part[..., :1]).all() for part in np.array_split(images, 20))
         return min(images.shape[1:3]), same, len(images)
     coloured = []
@@ -349,7 +349,7 @@ def decode_folder(path, size, names):
 
 def decode_npz(path, size):
     """The fields of Own, and "bad", of an .npz file."""
-    images, labels = read_npz(path)
+    images, labels = given_npz(path)
     order = sorted(range(len(images)), key=digest_of)  # so that the first few are of all kinds
     pixels = []
     for i in progress(order, "reading images"):
@@ -381,7 +381,7 @@ def split(names, pixels, classes):
 
 
 def read_npz(path):
-    """(images uint8 [N, H, W, 1 or 3], labels [N] or None) of an .npz file; Mistake otherwise."""
+    """(images uint8 [N, H, W, 1 or 3], labels [N] or None) of an .npz file; OSError otherwise."""
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError("it is not, or not whole, what numpy.savez writes")
@@ -389,20 +389,29 @@ def read_npz(path):
             others = [name for name in file.files if name != "labels"]
             chosen = [name for name in ("images", "arr_0") if name in others][:1] or others
             if len(chosen) != 1:
-                raise ValueError(f"it holds the arrays {', '.join(others) or 'none'}: call that of "
-                                 "the images `images`")
+                raise ValueError(f"it holds {', '.join(others) or 'nothing'}: name the array of "
+                                 "images `images`")
             images = file[chosen[0]]
             labels = file["labels"] if "labels" in file.files else None
     except MemoryError:
         raise
     except Exception as error:  # numpy, zipfile and zlib each have their own
         why = "it holds Python objects" if "allow_pickle" in str(error) else runs.reason(error)
-        cli.refuse("images", f"{path} cannot be read: {why}")
+        raise OSError(f"{path} cannot be read: {why}") from error
     images = images[..., None] if images.ndim == 3 else images
     fits = images.dtype == np.uint8 and images.ndim == 4 and images.size
     if not fits or images.shape[3] not in (1, 3):
-        cli.refuse("images", f"{path} must hold uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3], not "
-                   f"{images.dtype} {list(images.shape)}")
+        raise OSError(f"{path} holds {images.dtype} {list(images.shape)}: images must be uint8 "
+                      "[N, H, W, C] or [N, H, W], with C = 1 or 3")
+    return images, labels
+
+
+def given_npz(path):
+    """read_npz of --images: Mistake for anything else in the file, its labels too."""
+    try:
+        images, labels = read_npz(path)
+    except OSError as error:
+        cli.refuse("images", error)
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU"):
         cli.refuse("images", f"{path} must hold labels as {len(images)} whole numbers or names, "
                    f"not {labels.dtype} {list(labels.shape)}")

@@ -245,7 +245,7 @@ def test_folders_that_cannot_be_used(tmp_path, capsys):
     (dict(images=np.array([{}], object)), "Python objects"),
     (dict(images=np.zeros((30, 3, 8, 8), np.uint8)), "[30, 3, 8, 8]"),
     (dict(images=np.zeros((0, 8, 8), np.uint8)), "[0, 8, 8, 1]"),
-    (dict(a=np.zeros((30, 8, 8), np.uint8), b=np.zeros(3)), "a, b"), ({}, "none"),
+    (dict(a=np.zeros((30, 8, 8), np.uint8), b=np.zeros(3)), "a, b"), ({}, "nothing"),
     (dict(images=np.zeros((30, 8, 8), np.uint8), labels=np.zeros(30)), "labels"),
     (dict(images=np.zeros((30, 8, 8), np.uint8), labels=np.zeros(29, int)), "labels"),
     (dict(images=np.zeros((3, 8, 8), np.uint8)), "at least 20")])
