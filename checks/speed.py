@@ -4,7 +4,7 @@
     python -m checks.speed peers      # diffusers, denoising-diffusion-pytorch, pytorch-fid
     python -m checks.speed limit      # the share of a matmul's rate that a training step reaches
     python -m checks.speed cost       # masks, pruning and rewinding; what torch.compile gains
-    python -m checks.speed            # these four: a quarter of an hour
+    python -m checks.speed            # these four: five minutes
     python -m checks.speed scaling    # exponents of seconds and memory over size: ten minutes
 
 What is compared is timed in turns within one process, A, B, A, B, so that a slow minute slows both.

@@ -4,7 +4,7 @@
     python -m checks.workers busy start     # two of them
 
 busy      A training step of `mnist`, alone and beside two processes that only spin, with the
-          waiting of threads that support/early.py sets and with that of the OpenMP library.
+          thread wait policy that support/early.py sets and with that of the OpenMP library.
 start     Seconds until a run's first line and until its first training step.
 shared    A small job of four seeds by one process, by 2 and by 4 workers, each to the last picture.
 simulate  The main job of ten seeds on 1 to 256 workers, with the seconds of a training run that

@@ -9,7 +9,7 @@ al., Drawing Early-Bird Tickets, 2020, 1909.11957; for diffusion: Whalen et al.,
 
 One ticket per control round, of that round's density. Search and training together take as many
 steps as the dense network alone. Distance of two masks: the share of weights that are in one only,
-over those that both could differ in, 2 (1 - density): the threshold then means the same at every
+over the most possible, 2 min(density, 1 - density): the threshold then means the same at every
 density. A mask that has not settled after half of the steps is taken as it is, with a note.
 """
 if __name__ == "__main__" and not __package__:

@@ -155,8 +155,8 @@ def draw(settling, table, path, note):
         shown = {step: float(np.mean(values)) for step, values in sorted(by_step.items())}
         series.append(dict(label=region, x=list(shown), y=list(shown.values()), style="solid"))
     settled = [row[2] for row in table if row[1] == "early bird"]
-    title = (f"Masks settle after {min(settled):,} to {max(settled):,} steps" if
-             min(settled) < max(settled) else f"Masks settle after {settled[0]:,} steps")
+    title = (f"Masks are drawn after {min(settled):,} to {max(settled):,} steps" if
+             min(settled) < max(settled) else f"Masks are drawn after {settled[0]:,} steps")
     charts.line_chart(series, path, title, "training step", "distance from the mask before",
                       hlines=[("near enough", early_bird.NEAR, "dashed")], note=note)
 

@@ -144,7 +144,7 @@ def draw(table, path, note):
                                x=[100 * (1 - row[2] / dense[2]) for row in mine],
                                y=[row[HEADER.index(f"{what} ratio")] for row in mine]))
     best = max(row[HEADER.index("evaluation ratio")] for row in table if row[0] == "masked")
-    title = (f"Cut channels save seconds; masks do not (at best {best:.2f} times as fast)"
+    title = (f"Masks save hardly any time (at best {best:.2f} times as fast as dense)"
              if best < 1.1 else "How much faster sparse networks are")
     charts.line_chart(series, path, title, "weights gone, %", "times as fast as dense", note=note)
 

@@ -10,7 +10,7 @@ concept is the class that the domain classifier sees in the finished image. DDIM
 the image a function of x_T alone.
 
 agreement   The share of x_T from which a network draws the same class as the dense one, and what
-            the frequencies of their classes give by chance.
+            chance alone would give, from how often each draws each class.
 transplant  The image of a donor is of class c with confidence above 0.9. A square block of its x_T
             is put at the same place of the x_T of recipients whose images are of other classes. How
             many become c, compared with fresh noise in the same square? A block as large as x_T
@@ -182,8 +182,8 @@ def draw(summary, path, note):
                 line["x"].append(row["side"])
                 line["y"].append(100 * row[column])
     most = [row["side"] for row in summary if row["part"] == "transplant" and row["rate"] > 0.5]
-    title = (f"A square of x_T takes its class along in half of all images from {min(most)} pixels "
-             "on" if most else "No square of x_T takes its class along in half of all images")
+    title = (f"A block of x_T carries its class into most images from a side of {min(most)} pixels "
+             "on" if most else "At no size does a block of x_T carry its class into most images")
     charts.line_chart(lines.values(), path, title,
                       "side of the transplanted block, pixels",
                       "recipients that become of the donor's class, %", note=note)

@@ -244,7 +244,7 @@ def conclude(space, rows, seeds, last):
             _, low, high = over_seeds(ticket - found[arm, r])
             ends = "" if low is None else f" ({low:+.2f} to {high:+.2f})"
             parts.append(f"{arm} {over:.2f}{ends}")
-    certain = "no verdict" if low is None else "90 % intervals of differences"
+    certain = "no verdict" if low is None else "in brackets: 90 % intervals of differences"
     return (f"{space}: fid_domain of the last ticket over {', '.join(parts)}; "
             f"{counted(len(seeds), 'seed')}, {certain}.")
 

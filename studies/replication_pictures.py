@@ -84,8 +84,8 @@ def draw_ranges(rows, path, ticks, note):
     def where(number):
         start = 200 * below.index(number)
         return f"{pruned(rows, number)} sparsity at t = {start} to {start + 199}"
-    title = (f"Tickets stay within 3 % of dense up to {where(low)}, {where(high)}" if low else
-             "Not at every t do tickets stay within 3 % of dense")
+    title = (f"Means within 3 % of dense up to {where(low)}, {where(high)}" if low else
+             "In some range of t no ticket's mean is within 3 % of dense")
     charts.line_chart(series, f"{path}_ranges.png", title, "weights pruned",
                       "val_loss, % over that of dense", x_ticks=ticks[1:], note=note,
                       hlines=[("dense", 0.0, "dashed")])

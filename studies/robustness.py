@@ -226,9 +226,9 @@ def draw(table, path, note):
         series.append(dict(label=ARMS[arm], x=BUDGETS, y=[np.mean(one) for one in found],
                            dots=found, style="solid", **report.look_of(arm)))
     said = {row[1]: row for row in summarise(table) if row[0] == last and row[1] == "PGD"}["PGD"]
-    title = {"as robust": "Under attack a ticket errs no more than dense",
-             "more fragile": "Under attack a ticket errs more than dense"}.get(
-                 said[11], "Under attack: no difference shown between ticket and dense")
+    title = {"as robust": "Strongest attack: a ticket's error is at most 10 % above dense",
+             "more fragile": "Strongest attack: a ticket's error is over 10 % above dense"}.get(
+                 said[11], "Strongest attack: neither 'more fragile' nor 'as robust' is shown")
     charts.line_chart(series, path, title, "largest change of a pixel of x_t",
                       "mean squared error on eps", note=note)
 

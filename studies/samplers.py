@@ -183,7 +183,7 @@ def title_of(pairs):
     n, said = len(pairs), [row[-1] for row in pairs]
     if "no verdict" in said:
         return "Fewer sampling steps, or a sparser network?"
-    return (f"At the same sampler the ticket is better in {said.count('ticket')} of {n} settings, "
+    return (f"With equal sampling the ticket is better in {said.count('ticket')} of {n} settings, "
             f"dense in {said.count('dense')}")
 
 

@@ -154,7 +154,7 @@ def conclude(table, strangers):
     """What the figures say, with their n."""
     k, seeds = stable_from(table), {row["seed"] for row in table}
     said = [f"Barrier below {STABLE:.0%} of val_loss in {counted(len(seeds), 'seed')}: "
-            + ("at no k." if k is None else f"from step {k} on.")]
+            + ("not even from the largest k." if k is None else f"from step {k} on.")]
     if strangers:
         said.append("IoU of tickets of two seeds: {:.3f}, by chance {:.3f}.".format(*strangers))
     for column in EXCESS:
@@ -185,8 +185,8 @@ def draw(table, paths, strangers, path, note):
     rows = [row | {worst: max(paths[row["seed"], row["k"]])} for row in table]
     columns = worst, "val_loss A", "val_loss B", "val_loss ticket"
     k = stable_from(table)
-    title = ("At every k tried the data order leads to another basin" if k is None else
-             f"From step {k} on the data order no longer matters: no barrier between A and B")
+    title = ("Even from the largest k the data order matters in some seed" if k is None else
+             f"From step {k} on the barrier between A and B is below {STABLE:.0%} in every seed")
     draw_over_k(rows, columns, path + ".png", title, "val_loss",
                 log_y=True, note=f"A, B: dense, two data orders from step k. {note}")
     levels = [("tickets of two seeds", strangers[0], "dotted")] if strangers else ()

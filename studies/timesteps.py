@@ -1,4 +1,4 @@
-"""Can different denoising steps do with different sparsity?
+"""Can different denoising steps get by with different sparsities?
 
     python -m studies.timesteps                               # a small run on digits: minutes
     python -m studies.timesteps --from runs/mnist --pairs 0:10 5:10

@@ -17,7 +17,7 @@ units where there are fewer. All other layers are copied one to one, so the dens
 little. Other flags go to lth_diffusion.py, which makes these runs.
 
 Differences are paired by seed, intervals 90 %. Margin, fixed before the run: a network is as good
-as the own ticket, or worse, where this is shown within, or beyond, a tenth of its fid_domain. Dense
+as the own ticket if the interval lies within 10 % of that one's fid_domain, worse if beyond. Dense
 networks and new initialisations train from step 0, the others go on from step k with their
 optimizer. Each data set has its own feature extractor: compare fid_domain within a target.
 
@@ -277,7 +277,7 @@ def conclude(way, fids):
             parts.append(f"{network} {gap:+.2f}{ends}")
     rule = "90 % intervals" if len(own) > 2 else "no verdict"
     mean = np.mean([*own.values()])
-    return (f"{way}: own ticket {mean:.2f}; from it {'; '.join(parts)} "
+    return (f"{way}: own ticket {mean:.2f}; differences from it: {'; '.join(parts)} "
             f"(fid_domain, {counted(len(own), 'seed')}, {rule}).")
 
 

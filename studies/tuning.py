@@ -102,7 +102,7 @@ def conclude(summary):
     """Whether the verdict depends on the settings."""
     said = {row[1]: row[8] for row in summary}
     n, won = len(said), list(said.values()).count("winning")
-    return (f"The ticket is winning in {won} of {n} settings; with every arm at its own best rate: "
+    return (f"Winning in {won} of {n} settings ('2 rounds' is '1 x rate'); arms at own best rate: "
             f"{said[OWN]}.")
 
 
