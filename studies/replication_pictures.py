@@ -174,7 +174,8 @@ def main(argv=None):
             flags, path = config["args"], os.path.join(args.out, f"replication_{part}")
             note = (f"MNIST, {flags['steps']:,} steps, predicts {flags['prediction']}, "
                     f"{flags['samples']:,} samples, {seeds_of(sorted({key[0] for key in rows}))}.")
-            draw_part(part, config, rows, curves, path, note)
+            if control_rounds(rows):  # part `dense` has no tickets
+                draw_part(part, config, rows, curves, path, note)
             for folder in args.folders:
                 if runs.read_config(folder)["args"]["part"] == part:
                     draw_networks(folder, flags, rows, path, note)

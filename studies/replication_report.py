@@ -31,6 +31,7 @@ COMPARED = "dense", "ticket", "reinit", "random"
 ALPHA = 0.05
 CLAIMED = 0.89  # sparsities that the paper speaks of; 90 % comes out as 0.89999
 CLAIM_PARTS = "v", "eps"
+LONG = 5  # the round whose ticket took as many steps as part `dense` trains
 TESTED = ["part", "metric", "sparsity", "seeds", *COMPARED, "p", "answer", "not shown"]
 MEANS = ["part", "round", "arm", "sparsity", "seeds", "fid_domain", "sd", "precision",
          "recall", "val_loss", "sd of val_loss",
@@ -232,6 +233,18 @@ def shorter(found):
                        metric, len(seeds), *over_seeds([values[seed] for seed in seeds])]
 
 
+def at_cost(found):
+    """Rows of GAPS: the ticket that took as many steps as dense has in part `dense`, less that."""
+    if {"v", "dense"} <= set(found):
+        for metric in "fid_domain", "val_loss":
+            long = values_of(found["dense"][1], 0, "dense", metric)
+            ticket = values_of(found["v"][1], LONG, "ticket", metric)
+            if seeds := sorted(set(long) & set(ticket)):
+                yield ["v - dense", "ticket - dense of as many steps",
+                       sparsity_of(found["v"][1], LONG), metric, len(seeds),
+                       *over_seeds([ticket[seed] - long[seed] for seed in seeds])]
+
+
 # --------------------------------------------------------------------------- exploratory
 
 def steps_to_match(curves, number, arm):
@@ -295,7 +308,7 @@ def main(argv=None):
                                        ("differences", GAPS, gaps(part, rows)),
                                        ("arms", MEANS, means(part, config, rows, curves))):
                 tables.setdefault(name, (header, []))[1].extend(made)
-        tables["differences"][1].extend(shorter(found))
+        tables["differences"][1].extend([*shorter(found), *at_cost(found)])
         commits = {folder: runs.read_config(folder)["commit"] for folder in args.folders}
         text = []
         for name, (header, table) in tables.items():

@@ -61,6 +61,8 @@ def end(exp, sizes, margin, to_uint8):
     if ranks.first() and HELPER not in os.environ:
         draw_run(exp, sizes, to_uint8)
         header, table, said = write_table(exp, margin)
+        if not any(job.round for job in exp.planned):  # dense networks alone: nothing is compared
+            return
         path = page.write(exp, rows_of(exp), header, table, said)
         print(f"\nPictures and tables: {exp.args.out}/; the page to read or hand in: {path}")
 
@@ -292,8 +294,9 @@ def draw_run(exp, sizes, to_uint8):
             f"{exp.k:,}; {a.sampler} with {a.nfe} network evaluations; {a.samples:,} samples; "
             f"{seeds_of(a.seeds)}.")
     draw_sample_rows(a, rows, states, note)
-    draw_quality(a, rows, exp.reference, len(exp.real), note)
-    draw_layers(a, rows, states, sizes, note)
+    if any(job.round for job in rows):  # dense networks alone have no sparsity to show
+        draw_quality(a, rows, exp.reference, len(exp.real), note)
+        draw_layers(a, rows, states, sizes, note)
     draw_losses(a, rows, states, note)
     draw_denoising(exp, states, to_uint8, note)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lth_diffusion as lth
-from studies import replication
+from studies import replication, replication_pictures, replication_report
 from support import runs
 from test_data import write_mnist
 
@@ -27,8 +27,10 @@ def folder(tmp_path_factory):
         patch.setitem(replication.ONESHOT, "v", (2,))
         for split in "train", "test":
             write_mnist(out / "data", "mnist", split, n=200)
+        patch.setitem(replication.PARTS, "dense", dict(steps=40, controls=[]))
         data = ["--data-dir", str(out / "data"), "--seeds", "10"]
         replication.main([*data, "--out", str(out / "part")])
+        replication.main([*data, "--part", "dense", "--out", str(out / "long")])
         flags = ("--dataset mnist --preset mnist --batch 4 --lr 4e-3 --rounds 2 --final-sparsity 0.9 --samples 16 "
                  "--nfe 4 --steps 20 --precision fp32 --control-rounds 2").split()
         lth.main([*flags, *data, "--out", str(out / "main")])
@@ -51,6 +53,15 @@ def test_networks_are_those_of_the_main_job(folder):
                        for arm in ("ticket", "oneshot"))
     assert oneshot["live_weights"] == pytest.approx(ticket["live_weights"], abs=1)
     assert oneshot["train_steps_total"] == 20 + 19 and ticket["train_steps_total"] == 20 + 2 * 19
+
+
+def test_part_dense_trains_nothing_else(folder, tmp_path, capsys):
+    row, = lines(folder / "long" / "log.jsonl")
+    assert (row["arm"], row["steps"]) == ("dense", 40) and len(lines(folder / "long" / "curves.jsonl")) == 20
+    for program in replication_report, replication_pictures:
+        program.main([str(folder / "part"), str(folder / "long"), "--out", str(tmp_path)])
+    table = (tmp_path / "replication_arms.csv").read_text()
+    assert "\ndense,0,dense," in table and not (tmp_path / "replication_dense_quality.png").exists()
 
 
 def test_curves_end_where_the_network_does(folder):

@@ -81,6 +81,14 @@ def test_differences_are_paired():
     assert found["ticket - one-shot ticket", "fid_domain"] == [1, pytest.approx(-1.1), None, None]
 
 
+def test_dense_of_as_many_steps_is_paired_with_the_ticket():
+    long = {(seed, 0, "dense"): dict(fid_domain=5.0, val_loss=5.0, sparsity=0.0) for seed in (10, 11)}
+    found = {"v": (None, rows_of({5: 8.0})), "dense": (None, long)}
+    table = {row[3]: row[4:6] for row in report.at_cost(found)}
+    assert table["fid_domain"] == [2, pytest.approx(2.95)]  # 8 - 0.1 and 8, less 5
+    assert list(report.at_cost({"v": found["v"]})) == []
+
+
 def test_steps_to_match_by_hand():
     curves = {(10, 0, "dense"): {10: 3.0, 20: 2.0}, (10, 3, "ticket"): {10: 2.0, 20: 1.0},
               (11, 0, "dense"): {10: 3.0, 20: 2.0}, (11, 3, "ticket"): {10: 3.0, 20: 2.5}}
