@@ -14,7 +14,7 @@ def test_a_short_run(monkeypatch, capsys, tmp_path):
     images, labels = (part[:1120] for part in data.load_images("digits", "data"))
     sets = [(images[a:b].float() / 255, labels[a:b]) for a, b in ((0, 1000), (1000, 1060), (1060, 1120))]
     monkeypatch.setattr(positive_control, "load", lambda folder: sets)
-    positive_control.main([*"--nets lenet conv --steps 40 --rounds 1 --out".split(), str(tmp_path)])
+    positive_control.main([*"--nets lenet conv --seeds 0 --steps 40 --rounds 1 --out".split(), str(tmp_path)])
     tables = {}
     for net in ("lenet", "conv"):
         with open(tmp_path / f"positive_control_{net}.csv", encoding="utf-8") as file:
@@ -31,6 +31,20 @@ def test_a_short_run(monkeypatch, capsys, tmp_path):
         assert rows[1]["accuracy"] == rows[4]["accuracy"]
     said = capsys.readouterr().out
     assert f"lenet, {100 * first:.1f} % of the weights, 1 seed:" in said and "no verdict" in said
+
+
+@pytest.mark.parametrize("k", [0, 7])
+def test_a_ticket_that_prunes_nothing_is_the_dense_network(k):
+    """Weights, Adam's moments and data of step k: from there on nothing differs."""
+    images, labels = (part[:300] for part in data.load_images("digits", "data"))
+    sets = [(images.float() / 255, labels)] * 3
+    dense, again = (positive_control.build("lenet", 0) for _ in range(2))
+    masks = dense_masks(dense)
+    found, state = positive_control.fit(dense, masks, sets, 20, 0, "dense", keep=k)
+    assert state["step"] == k
+    repeated, _ = positive_control.fit(again, masks, sets, 20, 0, "ticket", state)
+    assert repeated == found
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), dense.parameters()))
 
 
 def test_one_cut_is_as_deep_as_its_rounds():
@@ -60,8 +74,9 @@ def test_differences_are_paired_by_seed():
             for r, arm, gain in ((0, "dense", 0), (1, "ticket", 0.02), (1, "reinit", 0.01),
                                  (1, "random", 0), (1, "oneshot", 0.02))]
     said = positive_control.conclude(rows, 100)
-    assert "3 seeds: ticket less dense +2.00 [+2.00, +2.00], reinit +1.00" in said
-    assert "oneshot +0.00" in said and "90 % intervals" in said
+    assert "3 seeds: ticket less dense +2.00 [+2.00, +2.00] (better), reinit +1.00" in said
+    assert "oneshot +0.00 [+0.00, +0.00] (as good)" in said and "90 % intervals" in said
+    assert "tickets beat reinit and random mask down to 10.0 % of the weights" in positive_control.title_of(rows)
 
 
 def test_missing_data_ends_in_one_line(tmp_path, capsys, monkeypatch):
