@@ -1,6 +1,7 @@
 """What studies share: their command line, finished runs, further training, figures over seeds."""
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -8,10 +9,12 @@ import sys
 import time
 
 import numpy as np
+import torch
 from scipy import stats
+from torch import nn
 
 import lth_diffusion as lth
-from ddpm import train
+from ddpm import Diffusion, train
 from prune import (apply_masks, blocks_of, dense_masks, load_ticket, mask_hooks, pack_masks,
                    prunable, rewind)
 from support import cli, runs
@@ -189,6 +192,50 @@ def check_rounds(rounds, jobs):
     there = sorted({job.round for job in jobs})
     if absent := sorted(set(rounds) - set(there)):
         cli.refuse("rounds", f"no runs of round {absent[0]}, but of {there}")
+
+
+# --------------------------------------------------------------------------- regions of t
+
+REGIONS = {"upper half": (0.5, 1.0), "lower half": (0.0, 0.5)}  # of t: much noise, little noise
+ALL = "all t"
+
+
+class Region(Diffusion):
+    """The same diffusion, trained on t from low * T up to high * T only."""
+
+    def __init__(self, whole, low, high):
+        super().__init__(whole.T, whole.schedule, whole.prediction, whole.weighting)
+        self.first, self.share = round(low * whole.T), high - low
+
+    def loss(self, model, x0, t, noise):
+        """As ever, at t drawn from the region: t, which is uniform over all steps, is squeezed."""
+        return super().loss(model, x0, self.first + (self.share * t).long(), noise)
+
+
+class Joined(nn.Module):
+    """Two networks as one: `upper` where t is in the upper half, `lower` elsewhere."""
+
+    def __init__(self, upper, lower, switch):
+        super().__init__()
+        self.upper, self.lower, self.switch = upper, lower, switch
+
+    def forward(self, x, t):
+        is_upper = t >= self.switch  # (B,)
+        if bool(is_upper.all()) or not bool(is_upper.any()):  # sampling: all t are equal
+            return (self.upper if bool(is_upper[0]) else self.lower)(x, t)
+        return torch.where(is_upper[:, None, None, None], self.upper(x, t), self.lower(x, t))
+
+
+def at_region(exp, region):
+    """The experiment as it is for one of REGIONS: half of the steps, on its half; or for ALL."""
+    if region == ALL:
+        return exp
+    mine = copy.copy(exp)
+    steps = exp.args.steps // 2
+    mine.args = argparse.Namespace(**vars(exp.args) | dict(
+        steps=steps, warmup=max(1, exp.args.warmup // 2)))
+    mine.diffusion = Region(exp.diffusion, *REGIONS[region])
+    return mine
 
 
 # --------------------------------------------------------------------------- figures over seeds

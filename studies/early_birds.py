@@ -22,66 +22,22 @@ if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module:  python -m studies.early_birds")
 
 import argparse
-import copy
 import os
 
 import numpy as np
-import torch
-from torch import nn
 
-from ddpm import Diffusion
 from lth_diffusion import Job
 from methods import early_bird
-from studies.common import (Study, add_run_flag, better_or_worse, fit, open_run, over_seeds,
-                            rounded)
+from studies.common import (ALL, REGIONS, Joined, Study, add_run_flag, at_region, better_or_worse,
+                            fit, open_run, over_seeds, rounded)
 from support import charts
 from support.words import seeds_of
 
 MARGIN = 0.1  # of the ticket
-REGIONS = {"upper half": (0.5, 1.0), "lower half": (0.0, 0.5)}  # of t: much noise, little noise
-ALL = "all t"
 HEADER = ["seed", "arm", "settled at", "training steps", "fid_domain", "val_loss"]
 SETTLING = ["seed", "region", "step", "distance from the mask before"]
 PAIRED = ["arm", "seeds", "training steps / dense", "fid_domain", "less ticket", "low", "high",
           "answer"]
-
-
-class Region(Diffusion):
-    """The same diffusion, trained on t from low * T up to high * T only."""
-
-    def __init__(self, whole, low, high):
-        super().__init__(whole.T, whole.schedule, whole.prediction, whole.weighting)
-        self.first, self.share = round(low * whole.T), high - low
-
-    def loss(self, model, x0, t, noise):
-        """As ever, at t drawn from the region: t, which is uniform over all steps, is squeezed."""
-        return super().loss(model, x0, self.first + (self.share * t).long(), noise)
-
-
-class Joined(nn.Module):
-    """Two networks as one: `upper` where t is in the upper half, `lower` elsewhere."""
-
-    def __init__(self, upper, lower, switch):
-        super().__init__()
-        self.upper, self.lower, self.switch = upper, lower, switch
-
-    def forward(self, x, t):
-        is_upper = t >= self.switch  # (B,)
-        if bool(is_upper.all()) or not bool(is_upper.any()):  # sampling: all t are equal
-            return (self.upper if bool(is_upper[0]) else self.lower)(x, t)
-        return torch.where(is_upper[:, None, None, None], self.upper(x, t), self.lower(x, t))
-
-
-def at_region(exp, region):
-    """The experiment as it is for one region of t: half of the steps, on its half."""
-    if region == ALL:
-        return exp
-    mine = copy.copy(exp)
-    steps = exp.args.steps // 2
-    mine.args = argparse.Namespace(**vars(exp.args) | dict(
-        steps=steps, warmup=max(1, exp.args.warmup // 2)))
-    mine.diffusion = Region(exp.diffusion, *REGIONS[region])
-    return mine
 
 
 def early_bird_of(exp, seed, region):

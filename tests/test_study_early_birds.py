@@ -6,7 +6,7 @@ import torch
 
 import lth_diffusion as lth
 from ddpm import Diffusion
-from studies import early_birds
+from studies import common, early_birds
 from support import report
 
 FLAGS = "--rounds 1 --steps 60 --batch 4 --samples 8 --nfe 4 --prune-rate 0.5 --control-rounds 1 --controls reinit"
@@ -50,7 +50,7 @@ def test_a_run(studied):
 @pytest.mark.parametrize("region, wanted", [("upper half", range(500, 1000)), ("lower half", range(0, 500))])
 def test_a_region_trains_on_its_steps_alone_and_on_all_of_them(region, wanted):
     whole, seen = Diffusion(prediction="v", weighting="min-snr"), []
-    part = early_birds.Region(whole, *early_birds.REGIONS[region])
+    part = common.Region(whole, *common.REGIONS[region])
 
     def model(x, t):
         seen.extend(t.tolist())
@@ -68,7 +68,7 @@ def test_joined_networks_answer_for_their_half():
 
         def forward(self, x, t):
             return x + self.c
-    joined = early_birds.Joined(Plus(1), Plus(-1), 500)
+    joined = common.Joined(Plus(1), Plus(-1), 500)
     x = torch.zeros(4, 1, 2, 2)
     for t, wanted in (([500] * 4, [1] * 4), ([499] * 4, [-1] * 4), ([0, 999, 499, 500], [-1, 1, -1, 1])):
         assert joined(x, torch.tensor(t))[:, 0, 0, 0].tolist() == wanted
