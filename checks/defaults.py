@@ -2,6 +2,7 @@
 
     python -m checks.defaults training                    # digits: how a dense network is trained
     python -m checks.defaults training --dataset mnist    # hours
+    python -m checks.defaults training --dataset cifar10 --only default "no flips" --samples 500
     python -m checks.defaults scoring                     # digits: how weights are ranked
     python -m checks.defaults scoring --dataset mnist
 
@@ -43,6 +44,9 @@ SCORING = {"global": ("global", "magnitude"), "global, normalized": ("global", "
 SCORED = ["sparsity", "layers_at_minimum", "fid_domain", "val_loss", "classes_domain"]
 
 
+COLOUR = {"no flips": dict(flip=False), "attention at 8": dict(model=dict(attention=(8,)))}
+
+
 def settings(args):
     """{name: what differs from the default setting, whose loss is on v with min-SNR weights}."""
     return {
@@ -58,12 +62,13 @@ def settings(args):
         "half the batch, twice the steps": dict(batch=args.batch // 2, steps=2 * args.steps),
         "twice the steps": dict(steps=2 * args.steps),
         "two threads": dict(threads=2), "bf16": dict(precision="bf16"),
-    }
+        "dropout 0.1": dict(model=dict(dropout=0.1)),
+    } | (COLOUR if args.dataset.startswith("cifar") else {})
 
 
-def measure(exp, name, seed, prediction=None, weighting=None, threads=None, **changed):
+def measure(exp, name, seed, prediction=None, weighting=None, threads=None, model=None, **changed):
     """{column: value} of a dense network of a seed, trained in a setting."""
-    a, before, model = exp.args, torch.get_num_threads(), exp.new_model(seed)
+    a, before, model = exp.args, torch.get_num_threads(), exp.new_model(seed, **model or {})
     torch.set_num_threads(threads or before)
     exp.diffusion = Diffusion(1000, a.schedule, prediction or a.prediction,
                               weighting or a.weighting)

@@ -220,11 +220,12 @@ def test_pilots_keep_what_is_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "draw_run", lambda *_: None)
     flags = ["--seeds", "900", "901", "--steps", "6", "--batch", "4", "--samples", "8", "--runs", str(tmp_path),
              "--out", str(tmp_path), "--precision", "fp32", "--only"]
-    defaults.main(["training", *flags, "default", "eps, plain"])
+    defaults.main(["training", *flags, "default", "eps, plain", "dropout 0.1"])
     rows = read(tmp_path / "defaults_training_digits.csv")
     assert [(row["setting"], row["seed"]) for row in rows] == [
-        ("default", "900"), ("default", "901"), ("eps, plain", "900"), ("eps, plain", "901")]
-    assert len({row["val_loss"] for row in rows}) == 4 and "real images" in capsys.readouterr().out
+        ("default", "900"), ("default", "901"), ("eps, plain", "900"), ("eps, plain", "901"),
+        ("dropout 0.1", "900"), ("dropout 0.1", "901")]
+    assert len({row["val_loss"] for row in rows}) == 6 and "real images" in capsys.readouterr().out
     monkeypatch.setattr(defaults, "train", lambda *_, **__: pytest.fail("trained again"))
     defaults.main(["training", *flags, "default"])
     assert read(tmp_path / "defaults_training_digits.csv")[0] == rows[0]
@@ -235,6 +236,14 @@ def test_pilots_keep_what_is_done(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         defaults.main(["training", *flags, "nonsense"])
     assert stop.value.code == 2 and "--only" in capsys.readouterr().err
+
+
+def test_pilots_on_colour_ask_for_flips_and_attention():
+    args, _ = lth.parse_args(["--dataset", "cifar10", "--device", "cpu"])
+    cells = defaults.settings(args)
+    assert cells["no flips"] == dict(flip=False) and "no flips" not in defaults.settings(lth.parse_args([])[0])
+    for cell in cells.values():
+        lth.UNet(3, image_size=32, **lth.PRESETS[args.preset] | cell.get("model", {}))  # they can be built
 
 
 # --- workers
