@@ -164,7 +164,8 @@ def measure(exp, model, seed, args):
         yield "noise", f"{size:g}", mean_error(predict, (x + size * noise, t, eps)), len(x)
     for name, attack in ("FGSM", fgsm), ("PGD", pgd):
         for budget in BUDGETS:
-            yield name, f"{budget:g}", mean_error(predict, batch, attack, budget), len(x)
+            found = mean_error(predict, batch, attack if budget else None, budget)
+            yield name, f"{budget:g}", found, len(x)
     for a, m in STARTS:
         drawn = exp.draw(model, seed, x_T=a * exp.x_T(args.samples, seed) + m)
         yield "start", f"{a:g} x_T {m:+g}", exp.quality(drawn)["fid_domain"], args.samples
@@ -188,8 +189,11 @@ def summarise(table):
     for number in sorted({row["round"] for row in table} - {0}):
         for trouble, size in kinds:
             arms = values_of(table, number, trouble, size)
-            seeds = sorted(set(arms["dense"]) & set(arms["ticket"]))
-            means = [np.mean(list(arms[arm].values())) if arm in arms else None
+            seeds = sorted(set(arms["dense"]) & set(arms.get("ticket", ())))
+            if not seeds:
+                continue
+            means = [np.mean([arms[arm][seed] for seed in seeds])
+                     if set(seeds) <= set(arms.get(arm, ())) else None
                      for arm in ("dense", "ticket", "reinit", "random")]
             more = over_seeds([arms["ticket"][seed] - (1 + MARGIN) * arms["dense"][seed]
                                for seed in seeds])
@@ -219,10 +223,16 @@ def beyond_clean(arms, clean, seed):
 
 
 def draw(table, path, note):
-    """The error under PGD against the budget: a line for each arm, dots for seeds."""
-    series, last = [], max(row["round"] for row in table)
-    for arm in [arm for arm in ARMS if any(row["arm"] == arm for row in table)]:
-        found = [list(values_of(table, last, "PGD", f"{b:g}")[arm].values()) for b in BUDGETS]
+    """The error under PGD against the budget: a line for each arm, dots for seeds; of the last
+    round that has controls."""
+    series = []
+    last = max((row["round"] for row in table if row["arm"] in ("reinit", "random")),
+               default=max(row["round"] for row in table))
+    for arm in ARMS:
+        found = [list(values_of(table, last, "PGD", f"{b:g}").get(arm, {}).values())
+                 for b in BUDGETS]
+        if not all(found):
+            continue
         series.append(dict(label=ARMS[arm], x=BUDGETS, y=[np.mean(one) for one in found],
                            dots=found, style="solid", **report.look_of(arm)))
     said = {row[1]: row for row in summarise(table) if row[0] == last and row[1] == "PGD"}["PGD"]
@@ -250,6 +260,10 @@ def main(argv=None):
         exp, rows = open_run(args.run, networks=True)
         rounds = {0, *(args.rounds or exp.args.control_rounds)}
         check_rounds(rounds, rows)
+        try:
+            sampling_times(exp.diffusion, NFE)
+        except ValueError as error:
+            cli.refuse("from", f"{exp.args.out}, through the sampler: {error}")
         path, table = f"{args.out}/robustness_{exp.args.dataset}", []
         for job in [job for job in rows if job.round in rounds]:
             trained = exp.load(job)

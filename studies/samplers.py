@@ -8,10 +8,10 @@ sampling (Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models, 2020, 2
 (Song, Meng and Ermon, Denoising Diffusion Implicit Models, 2020, 2010.02502), DPM-Solver++(2M) (Lu
 et al., DPM-Solver++, 2022, 2211.01095) and Heun's method on the noise levels of EDM (Karras et al.,
 Elucidating the Design Space of Diffusion-Based Generative Models, 2022, 2206.00364, algorithm 1,
-eq. 5), with several numbers of network evaluations. The work of a sample is evaluations times
-live multiply-accumulates: what a machine that skips zeros would do. The seconds are those of this
-machine, which skips none. A setting is on the Pareto front if no other is at least as good at no
-higher cost.
+eq. 5), with several numbers of network evaluations. The work of a sample is evaluations times live
+multiply-accumulates: what a machine that skips zeros would do. The seconds are those of this
+machine, which skips none. Heun's x_0 is not clipped, that of the others is. A setting is on the
+Pareto front if no other is at least as good at no higher cost.
 
 Margin, fixed before the run: a sampler favours ticket or dense where their fid_domain is shown to
 differ by more than a tenth of dense's (90 % intervals over three or more seeds). What would change
@@ -87,6 +87,7 @@ def measure(exp, rows, jobs, n):
     """Rows of HEADER, as dicts, without the fronts: each job sampled in each way."""
     for job in jobs:
         model, row = exp.load(job).ema, rows[job]
+        draw_samples(exp, model, job.seed, 4, "ddim", 50, "warm-up")  # the first is slow
         for sampler, steps in settings(exp.diffusion):
             began = time.monotonic()
             samples = draw_samples(exp, model, job.seed, n, sampler, steps,
