@@ -164,13 +164,16 @@ def fit(exp, name, seed, model, masks=None, state=None, /, **changed):
     options = exp.options(lth.Job(seed, 0, "ticket"), label=name) | changed
     path = f"{exp.args.out}/studies/{name}.pt"
     bits = masks and [packed.numpy().tobytes() for packed in pack_masks(masks).values()]
-    key = f"{options} {runs.weights_hash(model)} {bits and runs.digest(*bits)} {digest_of(state)}"
+    noise = {name: value for name, value in vars(exp.diffusion).items()
+             if isinstance(value, (int, float, str))}  # a Region's too
+    key = (f"{options} {exp.hashes['data_hash']} {noise} {runs.weights_hash(model)} "
+           f"{bits and runs.digest(*bits)} {digest_of(state)}")
     if os.path.exists(path):
-        state = runs.load_state(path, ("key", "model", "ema"))
-        if state["key"] == key:
+        kept = runs.load_state(path, ("key", "model", "ema"))
+        if kept["key"] == key:
             ema = exp.new_model(seed, **model.config)
-            ema.load_state_dict(state["ema"])
-            model.load_state_dict(state["model"])
+            ema.load_state_dict(kept["ema"])
+            model.load_state_dict(kept["model"])
             return ema.eval()
     hooks = {} if masks is None else mask_hooks(model, masks)
     ema = train(model, exp.diffusion, exp.images, state=state, **options, **hooks)[0].model
@@ -234,7 +237,7 @@ def at_region(exp, region):
     steps = exp.args.steps // 2
     mine.args = argparse.Namespace(**vars(exp.args) | dict(
         steps=steps, warmup=max(1, exp.args.warmup // 2)))
-    mine.diffusion = Region(exp.diffusion, *REGIONS[region])
+    mine.diffusion, mine.k = Region(exp.diffusion, *REGIONS[region]), exp.k // 2
     return mine
 
 

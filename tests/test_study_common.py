@@ -169,6 +169,21 @@ def test_open_run_refuses_what_is_no_run(tmp_path, finished):
         open_run(str(tmp_path))
 
 
+def test_fit_trains_again_where_anything_differs(finished):
+    """Masks, start, order of the data, region of t: the file of another training is not taken, but replaced."""
+    _, exp, _ = finished
+    masks, state = ticket_masks(exp, 0), checkpoint(exp, 0)
+    upper = common.at_region(exp, "upper half")
+    ways = [(exp, masks, state, {}), (exp, None, state, {}), (exp, masks, None, {}), (exp, masks, state, dict(seed=1)),
+            (upper, masks, dict(state, step=2), {})]
+    found = []
+    for mine, its, start, changed in ways:
+        ema = fit(mine, "one_name", 0, exp.new_model(0), its, start, **changed)
+        found.append(torch.cat([p.flatten() for p in ema.parameters()]))
+    for i, one in enumerate(found):
+        assert not any(torch.equal(one, other) for other in found[i + 1:])
+
+
 def test_fit_repeats_a_ticket_to_the_bit_and_keeps_it(finished, monkeypatch):
     """From the state of step k, under the ticket's masks, it is the ticket; asked again it trains nothing."""
     out, exp, _ = finished

@@ -43,7 +43,8 @@ def test_a_run(studied):
     assert {row["region"] for row in settling} == {early_birds.ALL, *early_birds.REGIONS}
     assert all(0 <= float(row["distance from the mask before"]) <= 1 for row in settling)
     paired = rows_of(studied / "early_birds_digits_paired.csv")
-    assert [row["answer"] for row in paired if row["arm"] != "ticket"] == ["no verdict"] * 5  # one seed
+    assert [row["answer"] for row in paired] == ["no verdict"] * 7  # one seed
+    assert [row["against"] for row in paired] == ["ticket"] * 5 + ["dense by region", "early bird"]
     assert (studied / "early_birds_digits.png").stat().st_size > 5_000
 
 
@@ -77,6 +78,6 @@ def test_joined_networks_answer_for_their_half():
 def test_arms_are_compared_with_the_ticket_by_seed():
     table = [[seed, arm, None, steps, value + seed, 0.1] for seed in range(3)
              for arm, steps, value in (("dense", 10, 12.0), ("ticket", 19, 9.0), ("early bird", 10, 9.1))]
-    found = {row[0]: row[1:] for row in early_birds.paired(table)}
-    assert found["early bird"][:2] == [3, 1.0] and found["early bird"][3] == pytest.approx(0.1)
-    assert found["early bird"][-1] == "as good" and found["dense"][-1] == "worse" and found["ticket"][-1] == ""
+    found = {row[0]: row[2:] for row in early_birds.paired(table)}
+    assert found["early bird"][:2] == [3, 1.0] and found["early bird"][4] == pytest.approx(0.1)
+    assert found["early bird"][-1] == "as good" and found["dense"][-1] == "worse" and "ticket" not in found
