@@ -89,7 +89,8 @@ def find_tickets(args, exp):
                 after = state["step"], round(macs * state["step"] / steps)
                 options = dict(masks=masks, state=rewind(ticket, masks, state), after=after)
             ticket = exp.train(job, ticket, **options)
-            compare(exp, job, ticket.masks, dense, dense, ticket.spent)
+            at = ticket.row["train_steps_total"] - ticket.row["steps"]  # the mask settled here
+            compare(exp, job, ticket.masks, dense, dense, (at, round(macs * at / steps)))
 
 
 def main(argv=None):

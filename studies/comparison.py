@@ -8,12 +8,11 @@ Other flags go to lth_diffusion.py. 90 % sparsity in five rounds, unless they sa
 method has a folder of its own and goes on where it stopped; methods that go back to the same step
 share their dense networks. At equal density, a method that iterates has trained many times as long
 as one that cuts once. Therefore some are run a second time, longer, so that their total comes to
-that of `imp` at its last round ('equal cost'): oneshot, early-bird and random in training steps,
-rigl in multiply-accumulates.
+the training steps of `imp` at its last round ('equal cost'), dense among them.
 
 Margin, fixed before the run: a tenth of the fid_domain of `imp`; intervals of 90 % over seeds,
-paired. What would change our mind about iterating: a method of one cut that is as good at the same
-total cost.
+paired. A method that ends at another density (channels) is shown and gets no answer. What would
+change our mind about iterating: a method of one cut that is as good at the same total cost.
 """
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module:  python -m studies.comparison")
@@ -52,11 +51,11 @@ EARLY = {  # chosen before training, trained from step 0
     "rst": (rst, ""),
 }
 METHODS = ITERATE | ONCE | EARLY
-EIGHT = "imp", "imp-layer", "oneshot", "early-bird", "random", "rigl", "set", "channels"  # default
+EIGHT = "imp", "imp-layer", "oneshot", "random", "early-bird", "rigl", "set", "channels"  # default
 LONG = ", equal cost"
 STEPS = "train_steps_total"  # to find the ticket and to train it
-# Run again, at the total cost of imp in this column.
-LONGER = dict.fromkeys(["oneshot", "early-bird", "random"], STEPS) | dict(rigl="train_macs_total")
+LONGER = "oneshot", "random", "early-bird", "rigl"  # run again, at the total cost of imp
+AT_ZERO = {*EARLY, "early-bird"}  # methods that do not go back to step k
 MARGIN = 0.1  # of imp
 USUAL = {"--rounds": "5", "--final-sparsity": "0.9", "--control-rounds": "3 5",
          "--seeds": "10 11 12"}
@@ -64,7 +63,7 @@ MEANS = ["fid_domain", "over_dense", "val_loss", "train_macs_total",
          "macs_live", "seconds_per_1000"]
 HEADER = ["method", "round", "pruned", "live_weights", STEPS, "seeds",
           "fid_domain", "sd", *MEANS[1:]]
-PAIRED = ["method", "seeds", "fid_domain", "less imp", "low", "high", "answer"]
+PAIRED = ["method", "pruned", "seeds", "fid_domain", "less imp", "low", "high", "answer"]
 RUNS = ["seed", "round", "arm", "sparsity", "live_weights", "fid_domain",
         "val_loss", STEPS, "train_macs_total"]
 
@@ -74,7 +73,7 @@ RUNS = ["seed", "round", "arm", "sparsity", "live_weights", "fid_domain",
 def flags_of(name, args, seeds, ending=""):
     """The flags of a method's run that lth_diffusion.py knows too."""
     out = os.path.join(args.runs, name + ending)
-    rewind = ["--rewind", "0"] if name in EARLY else []
+    rewind = ["--rewind", "0"] if name in AT_ZERO else []
     return [*args.rest, "--controls", *rewind, "--out", out,
             "--seeds", *map(str, seeds)]
 
@@ -104,7 +103,7 @@ def compare(args, common):
         seeds = common.seeds + args.more_seeds * (name not in ITERATE)
         found[name] = run(name, flags_of(name, args, seeds), done)
     for name in (name for name in LONGER if name in names):
-        total, mine = (np.mean([row[LONGER[name]] for row in found[one] if row["arm"] == "ticket"
+        total, mine = (np.mean([row[STEPS] for row in found[one] if row["arm"] == "ticket"
                                 and row["round"] == common.rounds]) for one in ("imp", name))
         flags = flags_of(name, args, common.seeds, "-longer")
         flags += ["--steps", str(round(common.steps * total / mine))]
@@ -123,7 +122,7 @@ def label_of(name, row):
         if LONG not in name:
             return "dense"
         # of as many steps as imp took in all, where the ticket alone takes them too
-        return "dense" + LONG if name.removesuffix(LONG) in EARLY else None
+        return "dense" + LONG if name.removesuffix(LONG) in AT_ZERO else None
     return f"{name}, {row['arm']}"
 
 
@@ -158,22 +157,33 @@ def summarise(found):
 
 def paired(found, last):
     """Rows of PAIRED: every method in the last round, and at equal cost, against imp."""
-    imp = fids(found["imp"], last, "ticket")
-    values = {name: fids(rows, last, "ticket") for name, rows in found.items()}
-    values |= {"dense": fids(found["imp"], 0, "dense")}
-    for name, mine in values.items():
+    imp, left = fids(found["imp"], last, "ticket"), pruned(found["imp"], last)
+    values = {name: (fids(rows, last, "ticket"), pruned(rows, last))
+              for name, rows in found.items()}
+    values["dense"] = fids(found["imp"], 0, "dense"), 0.0
+    if long := [name for name in AT_ZERO if name + LONG in found]:
+        values["dense" + LONG] = fids(found[long[0] + LONG], 0, "dense"), 0.0
+    for name, (mine, its) in values.items():
         seeds = sorted(set(mine) & set(imp))
         if seeds and name != "imp":
             gap = over_seeds([mine[seed] - imp[seed] for seed in seeds])
             scale = np.mean([imp[seed] for seed in seeds])
-            yield [name, len(seeds), float(np.mean([mine[seed] for seed in seeds])), *gap,
-                   better_or_worse(gap, MARGIN * scale)]
+            alike = its == 0 or abs(its - left) < 0.01
+            yield [name, f"{100 * its:.1f} %", len(seeds),
+                   float(np.mean([mine[seed] for seed in seeds])), *gap,
+                   better_or_worse(gap, MARGIN * scale) if alike else "other density"]
 
 
 def fids(rows, number, arm):
     """{seed: fid_domain}."""
     return {row["seed"]: row["fid_domain"] for row in rows
             if (row["round"], row["arm"]) == (number, arm)}
+
+
+def pruned(rows, last):
+    """The sparsity of a method's last tickets."""
+    return float(np.mean([row["sparsity"] for row in rows
+                          if (row["round"], row["arm"]) == (last, "ticket")] or [0]))
 
 
 def columns_of(line, last):
@@ -203,7 +213,8 @@ def draw(table, number, path, note):
     matrix = [[cells[name].get(column) for column in [*imp, LONG]]
               for name in order]
     titles = [*(line["pruned"] for line in imp.values()), "equal\ncost"]
-    best = next(name for name in order if name in METHODS)
+    alike = {line["method"] for line in table if line["pruned"] == imp[number]["pruned"]}
+    best = next(name for name in order if name in METHODS and name in alike)
     charts.heat_map(matrix, [names[name] for name in order], titles, path,
                     f"fid_domain by method: at {imp[number]['pruned']} the lowest mean is that of "
                     f"{best}", note, log=True,
@@ -226,7 +237,7 @@ def report(study, path, common, found):
     note = (f"{common.dataset}, {common.steps:,} steps of {common.batch} images "
             f"per training run; FID from {common.samples:,} samples; n: seeds. "
             "(%): pruned in the end, where that is not what imp has. Equal cost: "
-            f"as many steps in all as imp took (rigl: MACs), n={len(common.seeds)}.")
+            f"as many steps in all as imp took, n={len(common.seeds)}.")
     draw(table, common.control_rounds[-1], path + ".png", note)
     print(f"\n{charts.text_table(HEADER, rounded(cells))}\n\n"
           f"{charts.text_table(PAIRED, rounded(pairs))}\n\n{note}\n"

@@ -57,7 +57,7 @@ class Network(NamedTuple):
 def networks(exp, seed):
     """The Networks of a seed's dense network, which comes first."""
     def dense():
-        return exp.load(Job(seed, 0, "dense")).ema.requires_grad_(True)
+        return exp.load(Job(seed, 0, "dense")).ema.cpu().requires_grad_(True)
     yield Network("dense", 0.0, dense())
     for cut in CUTS:
         model = dense()
@@ -155,8 +155,8 @@ def main(argv=None):
     add_run_flag(study)
     add = study.add_argument
     add("--batch", type=cli.positive_int, default=32, help="images at once (default: 32)")
-    add("--steps", type=cli.positive_int, default=5, help="training steps timed together "
-        "(default: 5)")
+    add("--steps", type=cli.positive_int, default=20, help="training steps timed together, with "
+        "the start of training (default: 20)")
     add("--turns", type=cli.positive_int, default=9, help="how often all are timed (default: 9)")
     with study.arguments(argv) as args:
         exp, rows = open_run(args.run, networks=True)

@@ -169,7 +169,8 @@ def finished_seeds(args, rows):
 
 def latent_run(args, seeds, parser):
     """The LatentExperiment with the flags of a run in pixels."""
-    changed = dict(out=os.path.normpath(args.out) + "_latent", seeds=seeds)
+    changed = dict(out=os.path.normpath(args.out) + "_latent", seeds=seeds,
+                   workers=1)  # helpers of a run know images alone
     settings = argparse.Namespace(**vars(args) | changed)
     return lth.run(settings, parser, experiment=LatentExperiment)
 

@@ -161,8 +161,9 @@ def title_of(rows):
     best = None
     for r in sorted({row.round for row in rows if row.arm == "reinit"}):
         lows = [over_seeds(gains(rows, r, other))[1] for other in ("reinit", "random")]
-        if all(low is not None and low > 0 for low in lows):
-            best = next(row.weights_left for row in rows if row.round == r)
+        if not all(low is not None and low > 0 for low in lows):
+            break
+        best = next(row.weights_left for row in rows if row.round == r)
     said = (f"tickets beat reinit and random mask down to {100 * best:.1f} % of the weights" if best
             else "that tickets beat reinit and random mask is not shown")
     return f"{TITLES[rows[0].net]}: {said}"

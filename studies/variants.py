@@ -99,7 +99,10 @@ def parse(name, rest, folder=None):
     args, parser = lth.parse_args(flags)
     if not {"reinit", "random"} <= set(args.controls):
         cli.refuse("controls", "the ticket is compared with reinit and random; add them")
+    if args.rounds not in args.control_rounds:
+        cli.refuse("control-rounds", f"the last round, {args.rounds}, is what is compared: add it")
     if name == SIGMA:
+        args.workers = 1  # helpers of a run know the schedules of lth_diffusion.py alone
         try:
             sampling_times(SigmaDiffusion(), args.nfe)
         except ValueError as error:
@@ -172,13 +175,21 @@ def main(argv=None):
             print(f"\n--- {name}: {options.out}", flush=True)
             seeds = list(options.seeds)  # a run adds those of its folder
             kind = ScoreBased if name == SIGMA else lth.Experiment
-            exp = lth.run(options, parser, experiment=kind)
+            try:
+                exp = lth.run(options, parser, experiment=kind)
+            except SystemExit as stop:
+                if stop.code != 1:  # 1: it diverged, as it has said itself
+                    raise
+                verdicts.append([name, len(seeds), *[None] * 5, "no verdict: it diverged"])
+                continue
             table += arm_rows(name, exp, seeds)
             verdicts.append(verdict_row(name, exp, seeds))
-        path = f"{args.out}/variants_{options.dataset}"
-        facts = dict(n=options.samples, seeds=seeds, flags=vars(options))
-        study.save(path, Row._fields, table, exp.device, **facts)
-        study.save(path + "_verdicts", VERDICTS, verdicts, exp.device, **facts)
+            path = f"{args.out}/variants_{options.dataset}"
+            facts = dict(n=options.samples, seeds=seeds, flags=vars(options))
+            study.save(path, Row._fields, table, exp.device, **facts)
+            study.save(path + "_verdicts", VERDICTS, verdicts, exp.device, **facts)
+        if not table:
+            raise FloatingPointError("every variant diverged: give a lower --lr")
         bars = " Bars: standard deviation over seeds." if len(seeds) > 1 else ""
         draw(table, title_of(verdicts), path + ".png",
              f"{options.dataset}, {options.steps:,} steps of {options.batch}; FID from "

@@ -117,8 +117,15 @@ def test_answers_are_paired_and_have_a_margin(value, said):
     other = [row(seed, 2, "ticket", value + seed + 0.1 * (seed - 1), 40) for seed in range(3)]
     dense = [row(seed, 0, "dense", 20.0, 20) for seed in range(3)]
     found = {line[0]: line[1:] for line in comparison.paired({"imp": [*dense, *imp], "random": other}, 2)}
-    assert found["random"][0] == 3 and found["random"][2] == pytest.approx(value - 10) and found["random"][-1] == said
+    assert found["random"][1] == 3 and found["random"][3] == pytest.approx(value - 10) and found["random"][-1] == said
     assert found["dense"][-1] == "worse" and "imp" not in found
+    for one in other:
+        one["sparsity"] = 0.3
+    found = {line[0]: line[1:] for line in comparison.paired({"imp": [*dense, *imp], "random": other}, 2)}
+    assert found["random"][0] == "30.0 %" and found["random"][-1] == "other density"
+    longer = {"random, equal cost": [row(seed, 0, "dense", 5.0, 40) for seed in range(3)]}
+    found = {line[0]: line[1:] for line in comparison.paired({"imp": [*dense, *imp], **longer}, 2)}
+    assert found["dense, equal cost"][-1] == "better" and "random, equal cost" not in found
 
 
 def test_columns_of_the_picture():

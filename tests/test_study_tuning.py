@@ -5,7 +5,7 @@ import pytest
 
 import lth_diffusion as lth
 from studies import tuning
-from support import report
+from support import report, runs
 
 SMALL = "--steps 8 --batch 8 --samples 8 --nfe 4 --seeds 0".split()
 
@@ -21,7 +21,7 @@ def quick(monkeypatch):
 
 def test_tuning(quick, tmp_path, capsys):
     tuning.main(["--runs", str(tmp_path), "--out", str(tmp_path), *SMALL])
-    assert "with every arm at its own best rate: no verdict" in capsys.readouterr().out  # one seed
+    assert "0 of 3 settings; with each arm at its own best rate: no verdict" in capsys.readouterr().out  # one seed
     with open(tmp_path / "tuning_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["setting"] for row in rows[::4]] == ["0.25 x rate", "1 x rate", "1 round", "2 rounds"]
@@ -31,6 +31,9 @@ def test_tuning(quick, tmp_path, capsys):
     assert by_setting["1 x rate"] == by_setting["1 round"] != by_setting["2 rounds"]  # the same run
     folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert {"tuning_digits_lr0.00225_rounds1", "tuning_digits_lr0.009_rounds1", "tuning_digits_lr0.009_rounds2"} <= folders
+    dense = [runs.load_state(tmp_path / name / "seed0" / "round00_dense.pt")["row"] for name in
+             ("tuning_digits_lr0.009_rounds1", "tuning_digits_lr0.009_rounds2")]
+    assert dense[0] == dense[1]  # measured seconds included: trained once
     assert (tmp_path / "tuning_digits.png").stat().st_size > 5_000
 
 
@@ -56,7 +59,8 @@ def test_every_arm_has_its_own_best_rate():
     assert answers["4 x rate"] == "not shown"  # within 10 % of dense
     low["reinit"] = near(8)
     answers = {row[1]: row[8] for row in tuning.summarise(table_of({("rates", "1 x rate"): low}))}
-    assert answers == {"1 x rate": "winning", tuning.OWN: "winning"}
+    assert {name for name, answer in answers.items() if answer == "winning"} == {"1 x rate", tuning.OWN}
+    assert answers["4 x rate"] == answers["10 rounds"] == "no verdict"  # nothing of them is there
 
 
 def test_what_diverged_has_no_verdict():
@@ -64,7 +68,13 @@ def test_what_diverged_has_no_verdict():
     broken = whole | dict(reinit=[], random=[])
     summary = list(tuning.summarise(table_of({("rates", "1 x rate"): whole, ("rates", "4 x rate"): broken})))
     assert {row[1]: row[8] for row in summary}["4 x rate"] == "no verdict"
-    assert "own best rate: not shown" in tuning.conclude(summary)
+    assert "0 of 5 settings; with each arm at its own best rate: not shown" in tuning.conclude(summary)
+
+
+def test_a_run_that_diverges_leaves_what_is_done(quick, tmp_path):
+    flags = [*SMALL, "--warmup", "0"]
+    found = tuning.run_setting(flags, 1e30, 1, str(tmp_path / "wild"))
+    assert all(job.arm == "dense" for job in found)  # none, or the dense networks that ended
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -127,7 +127,7 @@ def test_every_variant_gets_its_own_run():
 
 
 @pytest.mark.parametrize("flags, reason", [
-    (["--controls", "small"], "reinit and random"), (["--fast"], "--fast"), (["--only", "cubic"], "cubic"),
+    (["--controls", "small"], "reinit and random"), (["--rounds", "3", "--control-rounds", "1"], "the last round"), (["--fast"], "--fast"), (["--only", "cubic"], "cubic"),
     (["--schedule", "cosine"], "--schedule"), (["--only", "sigma/eps/plain", "--nfe", "4"], "--nfe")])
 def test_mistakes_end_in_one_line(flags, reason, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
