@@ -96,16 +96,18 @@ def works(network, args):
     return dict(training=step, sampling=lambda: predict(x, torch.full((args.batch,), 500)))
 
 
-def peak(config, is_masked, what, args):
-    """MiB of one work at its peak, above what the process held before."""
-    model = UNet(**config)
+def peaks(config, is_masked, args):
+    """MiB of each work at its peak, above what the process held before; sampling, which takes less,
+    comes first."""
+    model, found = UNet(**config), {}
     network = Network("", 0.0, model, dense_masks(model) if is_masked else None)
-    work = works(network, args)[what]
     with runs.PeakMemory() as before:
         pass
-    with runs.PeakMemory() as most:
-        work()
-    return (most.bytes - before.bytes) / 2 ** 20 if most.bytes else float("nan")
+    for what in "sampling", "training":
+        with runs.PeakMemory() as most:
+            works(network, args)[what]()
+        found[what] = (most.bytes - before.bytes) / 2 ** 20 if most.bytes else float("nan")
+    return found
 
 
 def ratios(found, what, args):
@@ -126,12 +128,11 @@ def measure(exp, seeds, args):
     # A process per measurement: an allocator keeps what another network took.
     with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as fresh:
         for i, one in enumerate(found):
-            memory = [fresh.submit(peak, one.model.config, one.masks is not None, what, args)
-                      .result() for what in timed]
+            memory = fresh.submit(peaks, one.model.config, one.masks is not None, args).result()
             row = [one.kind, one.cut, *np.mean([mine[i] for mine in every], 0).tolist()]
             for seconds, over in timed.values():
                 row += [float(seconds[i]), *over[i].tolist()]
-            yield row + memory
+            yield row + [memory[what] for what in timed]
 
 
 def draw(table, path, note):

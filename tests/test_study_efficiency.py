@@ -1,5 +1,6 @@
 """studies/efficiency.py: bytes, weights and multiply-accumulates of the three kinds, by count; one run."""
 import csv
+import types
 
 import pytest
 
@@ -24,6 +25,22 @@ def finished(tmp_path_factory):
         yield folder
 
 
+class Here:
+    """A ProcessPoolExecutor of this process."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, work, *args):
+        return types.SimpleNamespace(result=lambda: work(*args))
+
+
 def test_counts_of_the_kinds(finished, tmp_path):
     exp, _ = open_run(str(finished / "run"))
     found = {(one.kind, one.cut): (one, efficiency.counts(one, tmp_path)) for one in efficiency.networks(exp, 0)}
@@ -41,6 +58,7 @@ def test_counts_of_the_kinds(finished, tmp_path):
 
 def test_a_run(finished, capsys, monkeypatch):
     monkeypatch.setattr(efficiency, "CUTS", (0.9,))
+    monkeypatch.setattr(efficiency, "ProcessPoolExecutor", Here)  # a process of its own takes seconds to start
     efficiency.main(["--from", str(finished / "run"), "--turns", "2", "--steps", "2", "--batch", "4",
                      "--out", str(finished)])
     assert "efficiency_digits.csv" in capsys.readouterr().out

@@ -84,7 +84,7 @@ def test_lines_and_conclusion_by_hand():
     sd = pytest.approx(np.std([1, 2, 4], ddof=1))
     assert table[1] == ("pixel", "ticket", 0.5, 3, pytest.approx(7 / 3), sd, 0.5, 0.0, 2.0)
     same = latent.conclude("latent", rows((2, 3, 4), (1, 2, 3)), [0, 1, 2], 1)
-    assert "over dense 0.64 (-1.00 to -1.00), reinit 0.25" in same and "3 seeds, 90 %" in same
+    assert "over dense 0.64 (-1.00 to -1.00), reinit 0.25" in same and "3 seeds, in brackets: 90 %" in same
     assert latent.conclude("pixel", pixel, [0], 1) == (
         "pixel: fid_domain of the last ticket over dense 0.50, reinit 0.12; 1 seed, no verdict.")
 
