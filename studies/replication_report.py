@@ -155,13 +155,13 @@ def test(part, rows):
 
 def finding(part, rows):
     """What the confirmatory tests found, in a sentence for a title."""
-    said = {True: [], False: []}
+    said = {}
     for _, metric, sparsity, *_, answer, _ in test(part, rows):
         if metric == "fid_domain" and "exploratory" not in answer:
-            said[answer == "winning"].append(f"{100 * sparsity:.3g} %")
-    won = f"Tickets win at {' and '.join(said[True])}" if said[True] else ""
-    lost = f"winning is not shown at {' and '.join(said[False])}" if said[False] else ""
-    text = "; ".join(filter(None, [won, lost]))
+            said.setdefault(answer.split(":")[0], []).append(f"{100 * sparsity:.3g} %")
+    words = dict(winning="tickets win at", **{"not shown": "winning is not shown at"})
+    text = "; ".join(f"{words[answer]} {' and '.join(levels)}" if answer in words else
+                     "no verdict yet: too few runs" for answer, levels in said.items())
     return f"{text[0].upper()}{text[1:]} (part {part})"
 
 

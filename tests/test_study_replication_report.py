@@ -59,6 +59,15 @@ def test_the_claim_is_held_to_what_was_preregistered():
     assert report.finding("v", rows) == "Tickets win at 75 % and 90 %; winning is not shown at 99 % (part v)"
 
 
+def test_a_seed_that_lacks_a_run_gives_no_verdict():
+    rows = rows_of({3: 8.0, 5: 9.0}, seeds=(10, 11, 12, 13))
+    del rows[13, 3, "reinit"]
+    answers = {row[2]: row[-2] for row in report.test("v", rows) if row[1] == "fid_domain"}
+    assert answers == {0.75: "no verdict: a run is missing", 0.9: "winning (exploratory)"}
+    assert report.finding("v", rows) == "No verdict yet: too few runs (part v)"
+    assert [row[3] for row in report.claims("v", rows_of({5: 9.0}, seeds=(10, 11)))] == ["no verdict"]
+
+
 def test_frames_end_with_the_samples_of_the_ticket(tmp_path):
     model = ddpm.UNet(**ddpm.PRESETS["tiny"], image_size=28)
     folder = tmp_path / "seed3"
