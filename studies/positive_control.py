@@ -157,14 +157,14 @@ def gains(rows, r, other):
 
 
 def title_of(rows):
-    """Down to how many weights the ticket is shown to be better than both controls."""
-    best = None
+    """At how many weights the ticket is shown to be better than both controls."""
+    levels = []
     for r in sorted({row.round for row in rows if row.arm == "reinit"}):
         lows = [over_seeds(gains(rows, r, other))[1] for other in ("reinit", "random")]
-        if not all(low is not None and low > 0 for low in lows):
-            break
-        best = next(row.weights_left for row in rows if row.round == r)
-    said = (f"tickets beat reinit and random mask down to {100 * best:.1f} % of the weights" if best
+        if all(low is not None and low > 0 for low in lows):
+            left = next(row.weights_left for row in rows if row.round == r)
+            levels.append(f"{100 * left:.3g} %")
+    said = (f"tickets beat reinit and random mask at {', '.join(levels)}" if levels
             else "that tickets beat reinit and random mask is not shown")
     return f"{TITLES[rows[0].net]}: {said}"
 

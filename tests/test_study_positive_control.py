@@ -76,7 +76,7 @@ def test_differences_are_paired_by_seed():
     said = positive_control.conclude(rows, 100)
     assert "3 seeds: ticket less dense +2.00 [+2.00, +2.00] (better), reinit +1.00" in said
     assert "oneshot +0.00 [+0.00, +0.00] (as good)" in said and "90 % intervals" in said
-    assert "tickets beat reinit and random mask down to 10.0 % of the weights" in positive_control.title_of(rows)
+    assert "tickets beat reinit and random mask at 10 %" in positive_control.title_of(rows)
 
 
 def test_missing_data_ends_in_one_line(tmp_path, capsys, monkeypatch):
