@@ -166,6 +166,8 @@ def title_of(rows):
             levels.append(f"{100 * left:.3g} %")
     said = (f"tickets beat reinit and random mask at {', '.join(levels)}" if levels
             else "that tickets beat reinit and random mask is not shown")
+    if len({row.seed for row in rows}) < 3:
+        said = "fewer than three seeds, no verdict"
     return f"{TITLES[rows[0].net]}: {said}"
 
 
