@@ -260,6 +260,15 @@ def better_or_worse(gap, margin):
             "as good" if -margin < low and high < margin else "not shown")
 
 
+def against(mine, other, share):
+    """[seeds, mean of mine, of the other, difference, low, high, answer] of two {seed: value},
+    paired; the margin is a share of the other's mean."""
+    seeds = sorted(set(mine) & set(other))
+    means = [float(np.mean([one[seed] for seed in seeds])) for one in (mine, other)]
+    gap = over_seeds([mine[seed] - other[seed] for seed in seeds])
+    return [len(seeds), *means, *gap, better_or_worse(gap, share * means[1])]
+
+
 def rounded(table):
     """Its cells as a reader wants them: four digits."""
     return [[f"{v:.4g}" if isinstance(v, float) else v for v in row] for row in table]

@@ -25,8 +25,7 @@ import numpy as np
 import lth_diffusion as lth
 from methods import (channels, cka, early_bird, magnitude_init, oneshot, random_pruning, rigl, rst,
                      taylor)
-from studies.common import (Study, better_or_worse, deviation, over_seeds, rounded, rows_of,
-                            take_dense)
+from studies.common import Study, against, deviation, rounded, rows_of, take_dense
 from support import charts, cli, runs
 
 ITERATE = {  # name -> (module, its flags); the first is what the others are compared with
@@ -164,14 +163,10 @@ def paired(found, last):
     if long := [name for name in AT_ZERO if name + LONG in found]:
         values["dense" + LONG] = fids(found[long[0] + LONG], 0, "dense"), 0.0
     for name, (mine, its) in values.items():
-        seeds = sorted(set(mine) & set(imp))
-        if seeds and name != "imp":
-            gap = over_seeds([mine[seed] - imp[seed] for seed in seeds])
-            scale = np.mean([imp[seed] for seed in seeds])
+        if name != "imp" and set(mine) & set(imp):
+            n, mean, _, *gap, said = against(mine, imp, MARGIN)
             alike = its == 0 or abs(its - left) < 0.01
-            yield [name, f"{100 * its:.1f} %", len(seeds),
-                   float(np.mean([mine[seed] for seed in seeds])), *gap,
-                   better_or_worse(gap, MARGIN * scale) if alike else "other density"]
+            yield [name, f"{100 * its:.1f} %", n, mean, *gap, said if alike else "other density"]
 
 
 def fids(rows, number, arm):

@@ -28,8 +28,8 @@ import numpy as np
 
 from lth_diffusion import Job
 from methods import early_bird
-from studies.common import (ALL, REGIONS, Joined, Study, add_run_flag, at_region, better_or_worse,
-                            fit, open_run, over_seeds, rounded)
+from studies.common import (ALL, REGIONS, Joined, Study, add_run_flag, against, at_region, fit,
+                            open_run, rounded)
 from support import charts
 from support.words import seeds_of
 
@@ -96,12 +96,8 @@ def paired(table):
     pairs = [(arm, "ticket") for arm in values if arm != "ticket"]
     for arm, base in [*pairs, ("by region", "dense by region"), ("by region", "early bird")]:
         if arm in values and base in values:
-            mine, other = values[arm], values[base]
-            seeds = sorted(set(mine) & set(other))
-            gap = over_seeds([mine[seed] - other[seed] for seed in seeds])
-            means = [float(np.mean([one[seed] for seed in seeds])) for one in (mine, other)]
-            yield [arm, base, len(seeds), steps[arm] / steps["dense"], *means, *gap,
-                   better_or_worse(gap, MARGIN * means[1])]
+            n, *found = against(values[arm], values[base], MARGIN)
+            yield [arm, base, n, steps[arm] / steps["dense"], *found]
 
 
 def draw(settling, table, path, note):

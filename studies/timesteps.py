@@ -33,8 +33,8 @@ import metrics
 from ddpm import sampling_times
 from lth_diffusion import Job
 from prune import dense_masks, prune_magnitude
-from studies.common import (ALL, REGIONS, Joined, Study, add_run_flag, at_region, better_or_worse,
-                            checkpoint, fit, open_run, over_seeds, rounded)
+from studies.common import (ALL, REGIONS, Joined, Study, add_run_flag, against, at_region,
+                            checkpoint, fit, open_run, rounded)
 from support import charts
 from support.words import seeds_of
 
@@ -122,12 +122,9 @@ def paired(table):
         work.setdefault(arm, []).append(macs)
     for arm, mine in values.items():
         base = "even" + HALVES * (arm.endswith(HALVES) and arm != "even" + HALVES)
-        if arm == "even" or base not in values:
-            continue
-        gap = over_seeds([mine[seed] - values[base][seed] for seed in sorted(mine)])
-        means = [float(np.mean(list(values[name].values()))) for name in (arm, base)]
-        yield [arm, base, len(mine), float(np.mean(work[arm])), *means, *gap,
-               better_or_worse(gap, MARGIN * means[1])]
+        if arm != "even" and base in values:
+            n, *found = against(mine, values[base], MARGIN)
+            yield [arm, base, n, float(np.mean(work[arm])), *found]
 
 
 def draw(table, summary, path, note):
