@@ -1,17 +1,22 @@
 """The recipes of the README run as they are printed, with fewer steps; its commands have the flags they name."""
 import contextlib
+import csv
+import functools
 import importlib
 import pathlib
 import re
 import shlex
 
+import numpy as np
+import PIL.Image
 import pytest
+import test_data
 import torch
 
 import ddpm
 import lth_diffusion as lth
 import prune
-from support import cli, report
+from support import classifier, cli, data, report, runs
 from unet import UNet
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
@@ -62,3 +67,27 @@ def test_commands_have_the_flags_they_name(command, capsys):
         if word.startswith("--"):
             assert f"{word} " in said or f"{word}\n" in said or f"{word}]" in said, word
     assert len(COMMANDS) >= 6 and ddpm.PRESETS
+
+
+@pytest.mark.parametrize("dataset, size, classes", [("fashion", 28, 10), ("cifar100", 32, 100)])
+def test_the_main_command_on_files_in_the_official_layout(tmp_path, monkeypatch, dataset, size, classes):
+    if dataset == "fashion":
+        for split in "train", "test":
+            test_data.write_mnist(tmp_path, split=split, n=300)
+    else:
+        test_data.write_folder(tmp_path, dataset, test_data.cifar_files(dataset, n=300)[0])
+    few = functools.partial(classifier.train, steps=8)
+    monkeypatch.setattr(classifier, "train", lambda images, labels, **_: few(images, labels))
+    out = tmp_path / "run"
+    lth.main(["--dataset", dataset, "--data-dir", str(tmp_path), "--out", str(out), "--rounds", "1",
+              *"--controls reinit --steps 4 --batch 4 --samples 20 --nfe 4 --device cpu".split()])
+    args = runs.read_config(str(out))["args"]
+    assert (args["dataset"], args["preset"]) == (dataset, "mnist" if dataset == "fashion" else "cifar-small")
+    rows = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
+    assert [row["arm"] for row in rows] == ["dense", "ticket", "reinit"]
+    assert len({float(row["fid_domain"]) for row in rows}) == 3
+    with PIL.Image.open(out / "samples_by_sparsity.png") as picture:
+        colours = np.asarray(picture.convert("RGB"), int)
+    assert (np.ptp(colours, axis=2) > 40).any() == (dataset != "fashion")  # grey, or in colour
+    images, labels = data.load_images(dataset, str(tmp_path), "train")
+    assert images.shape[2:] == (size, size) and int(labels.max()) < classes
