@@ -4,6 +4,25 @@ import tempfile
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="lth_tests_")
 
+import pytest
+
 import lth_diffusion as lth
+from support import report
 
 lth.VAL_IMAGES = 200  # 2,000 would take most of the tests' time
+
+
+@pytest.fixture(scope="module")
+def finished(request, tmp_path_factory):
+    """A folder with run/, the finished run of a small network that the module's FLAGS ask for.
+
+    The network stays as small while the module's tests last, and runs draw no pictures.
+    """
+    folder = tmp_path_factory.mktemp(request.module.__name__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+        patch.setattr(lth, "VAL_IMAGES", 50)
+        patch.setattr(report, "draw_run", lambda *_: None)
+        patch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
+        lth.main([*request.module.FLAGS.split(), "--out", str(folder / "run")])
+        yield folder

@@ -4,26 +4,17 @@ import csv
 import pytest
 import torch
 
-import lth_diffusion as lth
 from ddpm import Diffusion
 from studies import common, early_birds
-from support import report
 
 FLAGS = "--rounds 1 --steps 60 --batch 4 --samples 8 --nfe 4 --prune-rate 0.5 --control-rounds 1 --controls reinit"
 
 
 @pytest.fixture(scope="module")
-def studied(tmp_path_factory):
+def studied(finished):
     """The folder of the study of a finished run of a small network."""
-    folder = tmp_path_factory.mktemp("early_birds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-        patch.setattr(lth, "VAL_IMAGES", 50)
-        patch.setattr(report, "draw_run", lambda *_: None)
-        patch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
-        lth.main([*FLAGS.split(), "--out", str(folder / "run")])
-        early_birds.main(["--from", str(folder / "run"), "--out", str(folder)])
-    return folder
+    early_birds.main(["--from", str(finished / "run"), "--out", str(finished)])
+    return finished
 
 
 def rows_of(path):

@@ -2,27 +2,11 @@
 import csv
 import types
 
-import pytest
-
-import lth_diffusion as lth
 from prune import prunable
 from studies import efficiency
 from studies.common import open_run
-from support import report
 
-FLAGS = "--rounds 1 --steps 8 --batch 8 --samples 8 --nfe 4 --prune-rate 0.5 --controls".split()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished run of a small network."""
-    folder = tmp_path_factory.mktemp("efficiency")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-        patch.setattr(report, "draw_run", lambda *_: None)
-        patch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
-        lth.main([*FLAGS, "--out", str(folder / "run")])
-        yield folder
+FLAGS = "--rounds 1 --steps 8 --batch 8 --samples 8 --nfe 4 --prune-rate 0.5 --controls"
 
 
 class Here:

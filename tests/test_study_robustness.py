@@ -6,23 +6,9 @@ import pytest
 import torch
 
 import ddpm
-import lth_diffusion as lth
 from studies import robustness
-from support import report
 
-FLAGS = "--rounds 2 --steps 8 --batch 8 --samples 8 --nfe 4 --prune-rate 0.5".split()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished run of a tiny network."""
-    folder = tmp_path_factory.mktemp("robustness")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-        patch.setattr(report, "draw_run", lambda *_: None)
-        patch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
-        lth.main([*FLAGS, "--out", str(folder / "run")])
-        yield folder
+FLAGS = "--rounds 2 --steps 8 --batch 8 --samples 8 --nfe 4 --prune-rate 0.5"
 
 
 def test_a_run(finished, capsys, monkeypatch):

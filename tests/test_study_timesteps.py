@@ -7,28 +7,20 @@ import lth_diffusion as lth
 from prune import dense_masks
 from studies import timesteps
 from studies.common import Joined, open_run
-from support import report
 
-FLAGS = "--rounds 2 --steps 16 --batch 8 --samples 8 --nfe 4 --prune-rate 0.5 --controls".split()
+FLAGS = "--rounds 2 --steps 16 --batch 8 --samples 8 --nfe 4 --prune-rate 0.5 --controls"
 ARMS = ["even", "even, by halves", "sparse early", "sparse early, by halves", "dense early", "dense early, by halves"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished run of a tiny network, and of its study."""
-    folder = tmp_path_factory.mktemp("timesteps")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-        patch.setattr(lth, "VAL_IMAGES", 50)
-        patch.setattr(report, "draw_run", lambda *_: None)
-        patch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
-        lth.main([*FLAGS, "--out", str(folder / "run")])
-        timesteps.main(["--from", str(folder / "run"), "--out", str(folder)])
-        yield folder
+def studied(finished):
+    """The folder of a finished run of a small network, and of its study."""
+    timesteps.main(["--from", str(finished / "run"), "--out", str(finished)])
+    return finished
 
 
-def test_all_arms_do_the_same_work(finished):
-    with open(finished / "timesteps_digits.csv", encoding="utf-8") as file:
+def test_all_arms_do_the_same_work(studied):
+    with open(studied / "timesteps_digits.csv", encoding="utf-8") as file:
         rows = {row["arm"]: row for row in csv.DictReader(file)}
     assert list(rows) == ARMS
     work = {arm: float(row["million MACs per evaluation"]) for arm, row in rows.items()}
@@ -37,13 +29,13 @@ def test_all_arms_do_the_same_work(finished):
     k = 1  # 5 % of 16
     assert steps["even"] == steps["dense early, by halves"] == 16 - k and steps["sparse early"] == 2 * (16 - k)
     assert len({row["fid_domain"] for row in rows.values()}) == 6  # six different networks
-    with open(finished / "timesteps_digits_paired.csv", encoding="utf-8") as file:
+    with open(studied / "timesteps_digits_paired.csv", encoding="utf-8") as file:
         assert [row["answer"] for row in csv.DictReader(file)] == ["no verdict"] * 5  # one seed
-    assert (finished / "timesteps_digits.png").stat().st_size > 5_000
+    assert (studied / "timesteps_digits.png").stat().st_size > 5_000
 
 
-def test_cuts_leave_the_work_that_was_asked_for(finished):
-    exp, _ = open_run(str(finished / "run"))
+def test_cuts_leave_the_work_that_was_asked_for(studied):
+    exp, _ = open_run(str(studied / "run"))
     model = exp.load(lth.Job(0, 0, "dense")).model
     whole = timesteps.macs_of(model, dense_masks(model))
     for share in 0.1, 0.5, 0.8:
@@ -51,8 +43,8 @@ def test_cuts_leave_the_work_that_was_asked_for(finished):
         assert timesteps.macs_of(model, masks) == pytest.approx(share * whole, rel=0.01)
 
 
-def test_sparse_early_is_the_sparser_ticket_at_much_noise(finished):
-    exp, _ = open_run(str(finished / "run"))
+def test_sparse_early_is_the_sparser_ticket_at_much_noise(studied):
+    exp, _ = open_run(str(studied / "run"))
     found = {arm: model for arm, model, *_ in timesteps.networks(exp, 0)}
 
     def zeros(model):
