@@ -41,17 +41,25 @@ def pruned(rows, number, arm="ticket"):
     return f"{100 * mean_of(rows, number, arm, 'sparsity'):.3g} %"
 
 
-def draw_part(part, config, rows, curves, path, note):
+def lines_of(part):
+    """The line of part `dense`: as many steps as finding the 90 % ticket took."""
+    config, rows, _ = part
+    return [(f"dense, {config['args']['steps']:,} steps", mean_of(rows, 0, "dense", "fid_domain"),
+             "dashed")]
+
+
+def draw_part(part, config, rows, curves, path, note, longer=()):
     """The three charts of a part: path_quality.png, path_ranges.png, path_curves.png."""
     last = max(r for _, r, _ in rows)
     ticks = [(0, "dense")] + [(r, pruned(rows, r)) for r in range(1, last + 1)]
-    draw_quality(config, rows, path, finding(part, rows), ticks, note)
+    draw_quality(config, rows, path, finding(part, rows), ticks, note, longer)
     draw_ranges(rows, path, ticks, f"Part {part}. {note}")
     draw_curves(rows, curves, path, f"Part {part}. {note}")
 
 
-def draw_quality(config, rows, path, title, ticks, note):
-    """fid_domain by sparsity: a dot per seed, a line through the means of tickets."""
+def draw_quality(config, rows, path, title, ticks, note, longer):
+    """fid_domain by sparsity: a dot per seed, a line through the means of tickets; longer: lines
+    (label, value, style) of dense networks that were trained for longer."""
     series = []
     for arm in [arm for arm in ARMS if any(its == arm for _, _, its in rows)]:
         found = {r: [row["fid_domain"] for (_, number, its), row in rows.items()
@@ -64,7 +72,7 @@ def draw_quality(config, rows, path, title, ticks, note):
     dense, real = mean_of(rows, 0, "dense", "fid_domain"), config["reference"]["fid_domain"]
     charts.line_chart(series[1:], f"{path}_quality.png", title, "weights pruned",
                       "fid_domain (lower is better)", x_ticks=ticks, note=note, log_y=True,
-                      hlines=[("dense", dense, "dashed"), ("real images", real, "dotted")])
+                      hlines=[("dense", dense, "dashed"), *longer, ("real images", real, "dotted")])
 
 
 def draw_ranges(rows, path, ticks, note):
@@ -170,12 +178,14 @@ def main(argv=None):
     study.add_argument("folders", nargs="+", metavar="results/replication/NAME", type=cli.path,
                        help="folders that studies.replication wrote, in whole or in part")
     with study.arguments(argv) as args:
-        for part, (config, rows, curves) in read(args.folders).items():
+        found = read(args.folders)
+        for part, (config, rows, curves) in found.items():
             flags, path = config["args"], os.path.join(args.out, f"replication_{part}")
             note = (f"MNIST, {flags['steps']:,} steps, predicts {flags['prediction']}, "
                     f"{flags['samples']:,} samples, {seeds_of(sorted({key[0] for key in rows}))}.")
             if control_rounds(rows):  # part `dense` has no tickets
-                draw_part(part, config, rows, curves, path, note)
+                draw_part(part, config, rows, curves, path, note,
+                          lines_of(found["dense"]) if part == "v" and "dense" in found else ())
             for folder in args.folders:
                 if runs.read_config(folder)["args"]["part"] == part:
                     draw_networks(folder, flags, rows, path, note)
