@@ -32,7 +32,7 @@ DEFAULTS = {
     "cifar100": CIFAR,
 }
 PAPER = dict(prediction="eps", weighting="plain")  # of --preset paper: 2006.11239, section 3.2
-# Where --rounds is not 10: (rounds, final sparsity). CIFAR: two hours on two cores, by its estimate.
+# Where --rounds is not 10: (rounds, final sparsity). CIFAR: two hours on two cores (estimate).
 ROUNDS = {"digits": (2, 0.9), "cifar10": (4, 0.9), "cifar100": (4, 0.9)}
 DEMO = dict(rounds=1, final_sparsity=0.8, controls=["reinit"], samples=200, out="runs/demo")
 SCORE = "normalized"  # of --scope global: |w| empties layers that start at zero (pilots, as above)
