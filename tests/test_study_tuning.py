@@ -60,7 +60,7 @@ def test_every_arm_has_its_own_best_rate():
     low["reinit"] = near(8)
     answers = {row[1]: row[8] for row in tuning.summarise(table_of({("rates", "1 x rate"): low}))}
     assert {name for name, answer in answers.items() if answer == "winning"} == {"1 x rate", tuning.OWN}
-    assert answers["4 x rate"] == answers["10 rounds"] == "no verdict"  # nothing of them is there
+    assert answers["4 x rate"] == answers["5 rounds"] == "no verdict"  # nothing of them is there
 
 
 def test_what_diverged_has_no_verdict():
