@@ -68,7 +68,7 @@ def test_what_diverged_has_no_verdict():
     broken = whole | dict(reinit=[], random=[])
     summary = list(tuning.summarise(table_of({("rates", "1 x rate"): whole, ("rates", "4 x rate"): broken})))
     assert {row[1]: row[8] for row in summary}["4 x rate"] == "no verdict"
-    assert "0 of 5 settings; with each arm at its own best rate: not shown" in tuning.conclude(summary)
+    assert "0 of 4 settings; with each arm at its own best rate: not shown" in tuning.conclude(summary)
 
 
 def test_a_run_that_diverges_leaves_what_is_done(quick, tmp_path):
