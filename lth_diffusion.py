@@ -33,7 +33,7 @@ VAL_IMAGES = 2000  # held-out images behind val_loss, each with one fixed t and 
 RANGES = 5  # of t, equally long, that val_loss is split into
 EVAL_SEED = 1234  # of val_loss's noise: the same for every network
 X_T_SEED = 3_000_000  # added to the seed for the noise that its networks are sampled from
-MARGIN = 0.10  # of dense: how much worse a ticket may be and count as equal; fixed before the runs
+MARGINS = dict(fid_domain=0.10, val_loss=0.03)  # of dense: so much worse counts as equal
 REINIT_SEED = 500_000  # added to the seed for the control's new initialisation
 MASK_SEED = 700_000  # of masks drawn or shuffled at random
 FINETUNE_LR = 0.1  # `finetune` trains at this share of --lr, since a decaying schedule ends near 0
@@ -352,9 +352,9 @@ def run(args, parser, find=find_tickets, plan=jobs, experiment=Experiment):
         dense = [Job(seed, 0, "dense") for seed in args.seeds]
         runs.take_over(args, [job.path("", end) for job in dense for end in (".pt", STEP_K)])
         exp = experiment(args, guard)
-        report.begin(exp, plan, parser.prog, MARGIN, FREE, reasons, train, denoiser)
+        report.begin(exp, plan, parser.prog, MARGINS, FREE, reasons, train, denoiser)
         claims.work(find, exp, plan, parser)
-        report.end(exp, live_counts(dense_masks(exp.new_model(0))), MARGIN, to_uint8)
+        report.end(exp, live_counts(dense_masks(exp.new_model(0))), MARGINS, to_uint8)
     return exp
 
 

@@ -21,12 +21,13 @@ from itertools import groupby
 import numpy as np
 from scipy import stats
 
+import lth_diffusion as lth
 from studies.common import Study, over_seeds, rounded
 from support import charts, cli, runs
 from support.verdict import verdict
 from support.words import ARMS, seeds_of
 
-MARGINS = {"fid_domain": 0.10, "val_loss": 0.03} | {f"val_loss_t{i}": 0.03 for i in range(5)}
+MARGINS = lth.MARGINS | {f"val_loss_t{i}": 0.03 for i in range(5)}
 COMPARED = "dense", "ticket", "reinit", "random"
 ALPHA = 0.05
 CLAIMED = 0.89  # sparsities that the paper speaks of; 90 % comes out as 0.89999

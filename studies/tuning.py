@@ -92,7 +92,7 @@ def arms_of(table):
 def summarise(table):
     """Rows of SUMMARY."""
     for (part, name), arms in arms_of(table).items():
-        found = verdict(arms, margin=lth.MARGIN)
+        found = verdict(arms, margin=lth.MARGINS["fid_domain"])
         means = [float(np.mean(list(arms[arm].values()))) if arms[arm] else None for arm in ARMS]
         gaps = [end for arm in ("dense", "reinit")
                 for end in found.effects.get(arm, (None, None, None))]

@@ -132,7 +132,7 @@ def verdict_row(name, exp, seeds):
     """The row of VERDICTS of a variant."""
     arms = {arm: {seed: exp.rows[lth.Job(seed, 0 if arm == "dense" else exp.args.rounds, arm)]
                   ["fid_domain"] for seed in seeds} for arm in SHOWN}
-    found = verdict(arms, margin=lth.MARGIN)
+    found = verdict(arms, margin=lth.MARGINS["fid_domain"])
     answer = {True: "winning", False: "not shown", None: "no verdict"}[found.winning]
     means = [float(np.mean(list(values.values()))) for values in arms.values()]
     return [name, found.n, *means, found.p, answer]

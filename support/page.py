@@ -273,7 +273,8 @@ def provenance(exp, facts):
     yield "seeds", ", ".join(map(str, a.seeds))
     yield "data", f"{a.dataset}, hash {facts['data_hash']}"
     yield "classifier", f"of the domain metrics, hash {facts['classifier_hash']}"
-    yield "margin", f"a difference of up to {100 * facts['margin']:g} % of dense counts as equal"
+    yield "margins", "; ".join(f"{metric} up to {100 * share:g} % above dense counts as equal"
+                               for metric, share in facts["margins"].items())
 
 
 def cite(facts):

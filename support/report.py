@@ -26,17 +26,18 @@ FRAMES, NOISES = 28, 4  # of the animation: pictures in time, starting noises
 SAME = "experiment", "data_hash", "classifier_hash", "threads"  # may not change in a folder
 
 
-def write_config(exp, method, margin):
+def write_config(exp, method, margins):
     """config.json: the flags, and where the figures come from."""
     a = exp.args
     facts = runs.provenance(
-        " ".join(sys.argv), exp.device, precision=a.precision, method=method, margin=margin,
-        ranks=ranks.ranks()[1], experiment=type(exp).__name__, primary_metric="fid_domain",
-        reference=exp.reference, reference_n=len(exp.real), **exp.hashes)
+        " ".join(sys.argv), exp.device, precision=a.precision, method=method,
+        margins=margins, ranks=ranks.ranks()[1], experiment=type(exp).__name__,
+        primary_metric="fid_domain", reference=exp.reference, reference_n=len(exp.real),
+        **exp.hashes)
     runs.write_config(a, facts, SAME if exp.device.type == "cpu" else SAME[:-1])
 
 
-def begin(exp, plan, method, margin, free, reasons, train, denoiser):
+def begin(exp, plan, method, margins, free, reasons, train, denoiser):
     """Before the first training run: config.json; what will be done, and how long it will take.
     free: flags that may differ from those of the folder; reasons: why this device; train,
     denoiser: of ddpm, to be timed."""
@@ -46,7 +47,7 @@ def begin(exp, plan, method, margin, free, reasons, train, denoiser):
         with runs.one_at_a_time(a.out):  # another process may have begun meanwhile
             runs.check_config(a, free, method)
             if HELPER not in os.environ:  # the command is that of the process it helps
-                write_config(exp, method, margin)
+                write_config(exp, method, margins)
     exp.planned = plan(a)
     done = {job for job in exp.planned if os.path.exists(job.path(a.out))}
     if len(done) < len(exp.planned):
@@ -55,12 +56,12 @@ def begin(exp, plan, method, margin, free, reasons, train, denoiser):
     announce(exp, done, reasons)
 
 
-def end(exp, sizes, margin, to_uint8):
+def end(exp, sizes, margins, to_uint8):
     """After the last: the pictures, the table with its verdicts, and the page that holds them all.
     sizes: {layer: weights}; to_uint8: of ddpm, makes images of the sampler's x."""
     if ranks.first() and HELPER not in os.environ:
         draw_run(exp, sizes, to_uint8)
-        header, table, said = write_table(exp, margin)
+        header, table, said = write_table(exp, margins)
         if not any(job.round for job in exp.planned):  # dense networks alone: nothing is compared
             return
         path = page.write(exp, rows_of(exp), header, table, said)
@@ -233,13 +234,13 @@ def sparsity_of(rows, number):
     return f"{100 * found[0]:.1f} %"
 
 
-def write_table(exp, margin):
-    """Write results.csv and table.md; print the table, its legend and the verdict at this margin
-    -> (header, table, what was said)."""
+def write_table(exp, margins):
+    """Write results.csv and table.md; print the table, its legend and the verdicts at these
+    margins, {metric: share of dense} -> (header, table, what was said)."""
     a, n, rows = exp.args, len(exp.real), rows_of(exp)
     compared = a.control_rounds if {"reinit", "random"} <= set(a.controls) else ()
     found = {metric: verdicts({r: arms_of(rows, r, metric) for r in compared}, margin=margin,
-                              metric=metric) for metric in ("fid_domain", "val_loss")}
+                              metric=metric) for metric, margin in margins.items()}
     write_results(a.out, exp.planned, rows)
     header, table = summarise(rows, exp.reference, n)
     said = conclude(a, rows, found, exp.reference)
