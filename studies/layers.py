@@ -292,6 +292,7 @@ def main(argv=None):
             print(f"seed {seed}: done", flush=True)
         note = f"{exp.args.dataset}, round {last}, {seeds_of(seeds)}."
         lines = list(slopes(table))
+        study.save(path + "_slopes", SLOPES, lines, **facts)
         draw(table, ways(lines), path, note)
         if len(tickets) > 1:
             shared = list(overlaps(tickets))
