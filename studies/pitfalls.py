@@ -7,12 +7,21 @@ The correct fid_domain of the dense network, the last ticket and its controls is
 sets of starting noise x_T. Then one mistake is made at a time, and the same questions are asked
 again: is the ticket within 10 % of dense, better than reinit, better than the random mask? Single
 values are compared, without a test: a mistake matters where an answer changes. All samples are
-drawn by DDIM without noise, so that x_T is the only source of chance in the measurement. Two
+drawn by DDIM without noise, so that x_T is the only source of chance in the measurement. Three
 mistakes are made in training: the ticket is trained again from step k on the same batches, and the
-other arms keep their values. `restart fresh`, for every seed: its weights go back to step k, but
-Adam starts anew at full rate, and so does the average, while reinit had its warm-up (the first
-edition of this code; open_lth restarts its optimizer too, but that of the dense network with it).
-The average continued from dense, for the first seed: weights that the mask removed live on in it.
+other arms keep their values.
+
+restart fresh    Its weights go back to step k, but Adam starts anew at full rate, and so does the
+                 average, while reinit had its warm-up (the first edition of this code; open_lth
+                 restarts its optimizer too, but that of the dense network with it).
+negative frozen  No gradient where w < 1e-6, which should have been |w|: negative weights get none
+                 (rahulvigneswaran/Lottery-Ticket-Hypothesis-in-Pytorch, its issues 5 and 31).
+average          It goes on from that of dense, for the first seed: pruned weights live on in it.
+
+Two need no training. A threshold, the k-th value, at which everything up to it is cut, takes one
+weight too many, and all that tie (Eric-mingjie/rethinking-network-pruning, weight-level lottery
+tickets): counted for a cut of a fifth. Dense alone as the comparison: in how many seeds would
+reinit and the random mask count as tickets?
 
 The mistakes were read in the public code of Jiang et al., Successfully Applying Lottery Ticket
 Hypothesis to Diffusion Model, 2023, 2310.18823, unless the text says otherwise. One that changes no
@@ -35,7 +44,7 @@ from ddpm import train
 from prune import live_total, mask_hooks, prunable, rewind
 from studies.common import Study, add_run_flag, fit, open_run, over_seeds
 from support import charts, cli
-from support.words import counted
+from support.words import ARMS as NAMES, counted
 
 ARMS = "dense", "ticket", "reinit", "random"
 DRAWS = 4  # sets of x_T behind a correct value
@@ -43,7 +52,9 @@ FEW, REAL = 25, 20  # samples, and real images to compare them with
 REPEATS = 300  # draws of so few
 COVARIED = 250  # images in a covariance over images
 LIMIT = lth.MARGINS["fid_domain"]
-FRESH, AVERAGE = "restart fresh", "EMA continued from dense"
+FRESH, NEGATIVE, AVERAGE = "restart fresh", "negative frozen", "EMA continued from dense"
+EPS = 1e-6  # below it a weight is taken for pruned
+FIFTH = 0.2  # cut by a threshold
 BEST_SEED = "best seed for the ticket"  # not read in code
 HEADER = ["mistake", "seed", *ARMS, *(f"{arm}, mistaken" for arm in ARMS),
           "verdict", "becomes"]
@@ -161,15 +172,34 @@ def restart_fresh(bench):
                bench.networks["ticket"].masks, fresh)
 
 
-def continue_average(bench):
-    """The EMA of the ticket trained again, where the average goes on from that of dense."""
-    exp, dense = bench.exp, bench.networks["dense"]
-    masks, model = bench.networks["ticket"].masks, exp.new_model(bench.seed)
-    state = rewind(model, masks, dense.checkpoint)
-    state |= dict(ema=dense.ema.state_dict(), ema_updates=10 ** 9)  # its warm-up is over
-    options = exp.options(job_of(exp, bench.seed, "ticket"), label=AVERAGE)
+def train_again(bench, label, changed=None, **hooks):
+    """The EMA of the ticket, trained again from step k. changed: of its state; hooks: of train."""
+    exp, masks, model = bench.exp, bench.networks["ticket"].masks, bench.exp.new_model(bench.seed)
+    state = rewind(model, masks, bench.networks["dense"].checkpoint) | (changed or {})
+    options = exp.options(job_of(exp, bench.seed, "ticket"), label=label)
     return train(model, exp.diffusion, exp.images, state=state, **options,
-                 **mask_hooks(model, masks))[0].model
+                 **mask_hooks(model, masks) | hooks)[0].model
+
+
+def continue_average(bench):
+    """Where the average goes on from that of dense, its warm-up over."""
+    ema = bench.networks["dense"].ema.state_dict()
+    return train_again(bench, AVERAGE, dict(ema=ema, ema_updates=10 ** 9))
+
+
+def freeze_negative(bench):
+    """Where weights below EPS are taken for pruned and get no gradient."""
+    def after_backward(step, model):
+        for p in prunable(model).values():
+            if p.grad is not None:
+                p.grad.mul_(p >= EPS)
+    return train_again(bench, NEGATIVE, after_backward=after_backward)
+
+
+def cut_by_threshold(model, fraction):
+    """How many weights go where everything up to the k-th value does, k = fraction * all."""
+    sizes = torch.cat([p.detach().abs().flatten() for p in prunable(model).values()])
+    return int((sizes <= sizes.sort().values[int(fraction * len(sizes))]).sum())
 
 
 def nonzero(model):
@@ -219,7 +249,8 @@ def measure(benches, averaged):
             means[arm] = np.mean([one.right[arm] for one in benches])
         wrong = means | dict(ticket=best)
         groups[BEST_SEED] = [row(BEST_SEED, "all", means, wrong)]
-    groups[FRESH] = [retrained(FRESH, one, restart_fresh(one)) for one in benches]
+    for name, mistake in {FRESH: restart_fresh, NEGATIVE: freeze_negative}.items():
+        groups[name] = [retrained(name, one, mistake(one)) for one in benches]
     return groups | {AVERAGE: [retrained(AVERAGE, first, averaged)]}
 
 
@@ -277,6 +308,24 @@ def ablation(rows):
     return f"fid_domain of the ticket, {counted(len(rows), 'seed')}: {'; '.join(said)}."
 
 
+def dense_alone(benches):
+    """A sentence: in how many seeds the controls would pass for tickets, and the ticket."""
+    passed = []
+    for arm in ARMS[1:]:
+        number = sum(one.right[arm] < (1 + LIMIT) * one.right["dense"] for one in benches)
+        passed.append(f"{NAMES[arm]} in {number}")
+    return f"Within {LIMIT:.0%} of dense, of {counted(len(benches), 'seed')}: {', '.join(passed)}."
+
+
+def thresholds(exp, dense):
+    """{network: [weights that a threshold cuts, weights that were asked for]}, a cut of FIFTH."""
+    found = {}
+    for name, model in ("trained", dense), ("at the start", exp.new_model(0)):
+        total = sum(p.numel() for p in prunable(model).values())
+        found[name] = [cut_by_threshold(model, FIFTH), int(FIFTH * total)]
+    return found
+
+
 def find_benches(exp, rows):
     """A Bench for each seed with all arms at the last round; Mistake where there is none."""
     seeds = [seed for seed in exp.args.seeds
@@ -303,9 +352,10 @@ def main(argv=None):
         rates = {one.seed: reversals(one) for one in benches}
         path = os.path.join(args.out, f"pitfalls_{a.dataset}")
         table = [one for rows in groups.values() for one in rows]
-        said = [ablation(groups[FRESH]), conclude(groups, n)]
+        said = [ablation(groups[FRESH]), conclude(groups, n), dense_alone(benches)]
+        cut = thresholds(exp, benches[0].networks["dense"].model)
         study.save(path, HEADER, table, exp.device, n=a.samples, draws=DRAWS,
-                   live=live, not_zero=dense, reversals=rates, said=said)
+                   live=live, not_zero=dense, reversals=rates, cut_by_threshold=cut, said=said)
         draw(groups, path + ".png",
              f"{a.dataset}, n={a.samples:,} samples, DDIM, {counted(n, 'seed')}, "
              f"round {a.rounds}. {AVERAGE}: first seed.")
@@ -315,6 +365,8 @@ def main(argv=None):
         print(f"Seed {seed}: {rate:.0%} of draws of {FEW} samples reverse ticket and dense.")
     for name, left in dense.items():
         print(f"{name}: {left:,} weights of the ticket are not 0, {live:,} should be.")
+    for name, (gone, asked) in cut.items():
+        print(f"Network {name}: a threshold cuts {gone:,} weights, {asked:,} were asked for.")
     print(*said, f"{path}.csv, .json, .png", sep="\n")
 
 

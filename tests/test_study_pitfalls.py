@@ -34,17 +34,19 @@ def test_a_run(tmp_path, capsys, monkeypatch):
     lth.main([*SMALL, run])
     pitfalls.main(["--from", run, "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "1 seed: single values" in said and "of 6 mistakes" in said and "fresh less restored" in said
+    assert "1 seed: single values" in said and "of 7 mistakes" in said and "fresh less restored" in said
     with open(tmp_path / "pitfalls_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6 and len({row["ticket, mistaken"] for row in rows}) == 6  # each its own value
+    assert len(rows) == 7 and len({row["ticket, mistaken"] for row in rows}) == 7  # each its own value
     right = {tuple(row[arm] for arm in pitfalls.ARMS) for row in rows}
     assert len(right) == 1
-    for last in rows[-2:]:  # only the ticket is trained again
+    for last in rows[-3:]:  # only the ticket is trained again
         assert all(last[arm] == last[f"{arm}, mistaken"] for arm in ("dense", "reinit", "random"))
-    assert [row["mistake"] for row in rows[-2:]] == [pitfalls.FRESH, pitfalls.AVERAGE]
+    assert [row["mistake"] for row in rows[-3:]] == [pitfalls.FRESH, pitfalls.NEGATIVE, pitfalls.AVERAGE]
     facts = json.loads((tmp_path / "pitfalls_digits.json").read_text())
     assert facts["live"] < facts["not_zero"]["weight standardisation"]
+    assert facts["cut_by_threshold"]["trained"][0] == facts["cut_by_threshold"]["trained"][1] + 1
+    assert facts["cut_by_threshold"]["at the start"][0] > facts["cut_by_threshold"]["at the start"][1] + 1  # ties
     assert facts["not_zero"]["EMA continued from dense"] == 2 * facts["live"]  # half was pruned: all are back
     assert (tmp_path / "pitfalls_digits.png").stat().st_size > 5_000
 
@@ -109,6 +111,22 @@ def test_standardisation_counts_by_hand():
         model.conv_in.weight[0, 0, 0, 0] = 1.0  # one live weight: its filter's eight dead ones come alive
     assert pitfalls.nonzero(model) == 1 and pitfalls.nonzero(pitfalls.standardised(model)) == 9
     assert pitfalls.nonzero(model) == 1
+
+
+def test_a_threshold_takes_one_too_many_and_all_ties():
+    model = torch.nn.Linear(10, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[-9.0, 8, -7, 6, -5, 4, -3, 2, -1, 0.5]]))
+    assert pitfalls.cut_by_threshold(model, 0.2) == 3  # 2 were asked for
+    with torch.no_grad():
+        model.weight[0, :6] = 0
+    assert pitfalls.cut_by_threshold(model, 0.2) == 6
+
+
+def test_dense_alone_by_hand():
+    right = [dict(dense=10, ticket=9, reinit=10.9, random=11.1), dict(dense=10, ticket=10.9, reinit=20, random=20)]
+    said = pitfalls.dense_alone([types.SimpleNamespace(right=one) for one in right])
+    assert said == "Within 10% of dense, of 2 seeds: ticket in 2, reinit in 1, random mask in 0."
 
 
 def test_ablation_by_hand():
