@@ -292,11 +292,11 @@ def main(argv=None):
             print(f"seed {seed}: done", flush=True)
         note = f"{exp.args.dataset}, round {last}, {seeds_of(seeds)}."
         lines = list(slopes(table))
-        study.save(path + "_slopes", SLOPES, lines, **facts)
+        study.save(path + "_slopes", SLOPES, lines, exp.device, **facts)
         draw(table, ways(lines), path, note)
         if len(tickets) > 1:
             shared = list(overlaps(tickets))
-            study.save(path + "_overlap", OVERLAP, shared, **facts)
+            study.save(path + "_overlap", OVERLAP, shared, exp.device, **facts)
             draw_overlap(shared, path + "_overlap.png", note)
     print(f"\n{charts.text_table(SLOPES, rounded(lines))}\n")
     print(f"{conclude(lines)}\n{path}*")

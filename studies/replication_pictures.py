@@ -19,14 +19,13 @@ import torch
 
 import ddpm
 import prune
-from lth_diffusion import X_T_SEED
+from lth_diffusion import MARGINS, X_T_SEED
 from studies.common import Study
 from studies.replication_report import control_rounds, finding, read
 from support import charts, cli, report, runs
 from support.words import ARMS, seeds_of
 
 SHOWN = 12  # samples of a network
-MATCH = 0.03  # of dense, margin of val_loss
 FILE = re.compile(r"round(\d+)_(\w+)\.ticket")
 
 
@@ -86,8 +85,8 @@ def draw_ranges(rows, path, ticks, note):
                   for r, _ in ticks[1:]]
         series.append(dict(label=f"t = {200 * i} to {200 * i + 199}", x=[r for r, _ in ticks[1:]],
                            y=[100 * value for value in excess]))
-        below.append(max((r for (r, _), value in zip(ticks[1:], excess) if value <= MATCH),
-                         default=0))
+        below.append(max((r for (r, _), value in zip(ticks[1:], excess)
+                          if value <= MARGINS["val_loss"]), default=0))
     low, high = min(below), max(below)
     def where(number):
         start = 200 * below.index(number)

@@ -11,9 +11,9 @@ Lottery Tickets, 2021, 2107.00166).
 rates    dense, ticket, reinit and random mask at 90 % sparsity, trained at a quarter, once and four
          times the default peak rate. Last, each arm at the rate at which its mean over seeds is
          lowest: a search of the same size for every arm.
-rounds   90 % sparsity reached in 2 and in 5 rounds, at the default rate (in 10: the replication).
+rounds   90 % sparsity reached in 2 and in 5 rounds, at the default rate.
 
-Margin, fixed before the run: 10 % of dense, as everywhere; intervals of 90 % over seeds. A setting
+Margin, fixed before the run: 10 % of dense in fid_domain; intervals of 90 % over seeds. A setting
 in which a run diverges has no verdict.
 
 What would change our mind about 'the verdict is about the network, not its training': another

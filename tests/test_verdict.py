@@ -13,7 +13,8 @@ import pytest
 import scipy.stats
 
 from checks import verdict
-from support.report import COLUMNS
+from lth_diffusion import MARGINS, Job
+from support.report import COLUMNS, write_table
 from support.verdict import verdicts
 
 WIN = dict(dense=(10, 11, 12), ticket=(10.1, 11.0, 12.1), reinit=(14, 15, 16.5), random=(20, 21, 19))
@@ -78,6 +79,21 @@ def test_margin_and_alpha(tmp_path, capsys):
     assert "not shown to win" in told(capsys, path, "--margin", "0.01")
     assert "not shown to win" in told(capsys, path, "--alpha", "0.001")
     assert "not shown to win" in told(capsys, path, "--metric", "val_loss")  # all 1.0: better than nobody
+
+
+def test_every_metric_has_its_own_margin(tmp_path, capsys):
+    assert "within 3 % of dense: p=" in told(capsys, write(tmp_path / "a.csv", WIN), "--metric", "val_loss")
+    rows = {}
+    for number, arm, worse in (0, "dense", 1), (1, "ticket", 1.05), (1, "reinit", 1.5), (1, "random", 2):
+        for seed in range(3):
+            value = worse * (1 + 0.01 * seed)
+            rows[Job(seed, number, arm)] = dict.fromkeys(COLUMNS, 1) | dict(
+                seed=seed, round=number, arm=arm, sparsity=0.9, fid_domain=value, val_loss=value)
+    args = argparse.Namespace(control_rounds=[1], controls=["reinit", "random"], samples=2000, out=str(tmp_path))
+    exp = argparse.Namespace(args=args, rows=rows, planned=list(rows), real=range(2000),
+                             reference=dict(fid_domain=0.5, mean_pixel=30.0))
+    said = write_table(exp, MARGINS)[2]
+    assert "metrics DISAGREE: winning by fid_domain alone" in said and "not shown: within 3 % of dense" in said
 
 
 def test_no_verdict(tmp_path, capsys):
