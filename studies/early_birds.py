@@ -100,7 +100,16 @@ def paired(table):
             yield [arm, base, n, steps[arm] / steps["dense"], *found]
 
 
-def draw(settling, table, path, note):
+def title_of(settled, steps):
+    """When the masks of all t were drawn, for the picture; settled: a step for each seed."""
+    every, latest = early_bird.EVERY * steps, early_bird.LATEST * steps
+    if all(step + every > latest for step in settled):
+        return f"After {settled[0]:,} of {steps:,} steps no mask has settled; it is drawn as it is"
+    between = " to ".join(f"{step:,}" for step in sorted({min(settled), max(settled)}))
+    return f"Masks are drawn after {between} of {steps:,} steps"
+
+
+def draw(settling, settled, steps, path, note):
     """Distances over training steps: a line for each region, means over seeds."""
     series = []
     for region in (ALL, *REGIONS):
@@ -110,10 +119,7 @@ def draw(settling, table, path, note):
                 by_step.setdefault(step, []).append(distance)
         shown = {step: float(np.mean(values)) for step, values in sorted(by_step.items())}
         series.append(dict(label=region, x=list(shown), y=list(shown.values()), style="solid"))
-    settled = [row[2] for row in table if row[1] == "early bird"]
-    title = (f"Masks are drawn after {min(settled):,} to {max(settled):,} steps" if
-             min(settled) < max(settled) else f"Masks are drawn after {settled[0]:,} steps")
-    charts.line_chart(series, path, title, "training step", "distance from the mask before",
+    charts.line_chart(series, path, title_of(settled, steps), "training step", "distance from the mask before",
                       hlines=[("near enough", early_bird.NEAR, "dashed")], note=note)
 
 
@@ -133,8 +139,10 @@ def main(argv=None):
         study.save(path + "_settling", SETTLING, settling, exp.device, **facts)
         study.save(path + "_paired", PAIRED, summary, exp.device, **facts)
         left = 100 * density_of(exp, seeds[0])
-        draw(settling, table, path + ".png", f"{exp.args.dataset}, {exp.args.steps:,} steps, masks "
-             f"of {left:.3g} % of the weights, {seeds_of(seeds)}; halves: half of the steps each.")
+        settled = [row[2] for row in table if row[1] == "early bird"]
+        draw(settling, settled, exp.args.steps, path + ".png",
+             f"{exp.args.dataset}, masks of {left:.3g} % of the weights, {seeds_of(seeds)}; halves: half "
+             f"of the steps each. Settled: near enough to all {early_bird.BEFORE} masks before.")
     print(f"\n{charts.text_table(PAIRED, rounded(summary))}\n\n{path}.csv, _paired.csv, "
           "_settling.csv, .json, .png")
 
