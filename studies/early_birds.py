@@ -120,7 +120,8 @@ def draw(settling, settled, steps, path, note):
         shown = {step: float(np.mean(values)) for step, values in sorted(by_step.items())}
         series.append(dict(label=region, x=list(shown), y=list(shown.values()), style="solid"))
     charts.line_chart(series, path, title_of(settled, steps), "training step",
-                      "distance from the mask before", hlines=[("near enough", early_bird.NEAR, "dashed")], note=note)
+                      "distance from the mask before",
+                      hlines=[("near enough", early_bird.NEAR, "dashed")], note=note)
 
 
 def main(argv=None):
@@ -141,8 +142,9 @@ def main(argv=None):
         left = 100 * density_of(exp, seeds[0])
         settled = [row[2] for row in table if row[1] == "early bird"]
         draw(settling, settled, exp.args.steps, path + ".png",
-             f"{exp.args.dataset}, masks of {left:.3g} % of the weights, {seeds_of(seeds)}; halves: "
-             f"half of the steps each. Settled: near enough to all {early_bird.BEFORE} masks before.")
+             f"{exp.args.dataset}, masks of {left:.3g} % of the weights, {seeds_of(seeds)}; "
+             f"halves: half of the steps each. Settled: near enough to all {early_bird.BEFORE} "
+             "masks before.")
     print(f"\n{charts.text_table(PAIRED, rounded(summary))}\n\n{path}.csv, _paired.csv, "
           "_settling.csv, .json, .png")
 
