@@ -173,10 +173,10 @@ def draw_over_k(table, columns, path, title, y_label, **options):
     for column in columns:
         dots = [[row[column] for row in table if row["k"] == k] for k in ks]
         means = [np.mean(values) for values in dots]
-        series.append(dict(label=column, x=ks, y=means,
+        series.append(dict(label=column, x=range(len(ks)), y=means,
                            dots=dots if len(dots[0]) > 1 else ()))
-    charts.line_chart(series, path, title, "k, the step of the start", y_label,
-                      x_ticks=[(k, str(k)) for k in ks], **options)
+    charts.line_chart(series, path, title, "k, the step of the start (equally spaced)", y_label,
+                      x_ticks=[(i, str(k)) for i, k in enumerate(ks)], **options)
 
 
 def draw(table, paths, strangers, path, note):
@@ -236,11 +236,14 @@ def main(argv=None):
                 study.save(path, list(row), cells, exp.device, n=exp.args.samples,
                            density=left, paths=ways, two_seeds=strangers)
                 print(f"seed {seed}, k={k}: done", flush=True)
+        said = conclude(table, strangers)
+        study.save(path, list(row), cells, exp.device, n=exp.args.samples, density=left,
+                   paths=ways, two_seeds=strangers, said=said.split("\n"))
         note = (f"{exp.args.dataset}, {exp.args.steps:,} steps, tickets at "
                 f"{100 * left:.1f} % of the weights, {seeds_of(seeds)}.")
         draw(table, paths, strangers, path, note)
     print(f"\n{charts.text_table(list(row), cells)}\n")
-    print(f"{conclude(table, strangers)}\n{path}*")
+    print(f"{said}\n{path}*")
 
 
 if __name__ == "__main__":
