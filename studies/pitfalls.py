@@ -7,21 +7,24 @@ The correct fid_domain of the dense network, the last ticket and its controls is
 sets of starting noise x_T. Then one mistake is made at a time, and the same questions are asked
 again: is the ticket within 10 % of dense, better than reinit, better than the random mask? Single
 values are compared, without a test: a mistake matters where an answer changes. All samples are
-drawn by DDIM without noise, so that x_T is the only source of chance in the measurement. Three
-mistakes are made in training: the ticket is trained again from step k on the same batches, and the
-other arms keep their values.
+drawn by DDIM without noise, so that x_T is the only source of chance in the measurement.
 
-restart fresh    Its weights go back to step k, but Adam starts anew at full rate, and so does the
-                 average, while reinit had its warm-up (the first edition of this code; open_lth
+In the evaluation: FID from 25 samples and 20 real images; covariances over images; the feature
+extractor in train mode; the better of two FIDs for the ticket; the best seed for the ticket (not
+read in code). In training, where the ticket is trained again from step k on the same batches:
+
+restart fresh    The ticket's weights go back to step k, but Adam and the average start anew at full
+                 rate, without the warm-up that reinit has (the first edition of this code; open_lth
                  restarts its optimizer too, but that of the dense network with it).
 negative frozen  No gradient where w < 1e-6, which should have been |w|: negative weights get none
                  (rahulvigneswaran/Lottery-Ticket-Hypothesis-in-Pytorch, its issues 5 and 31).
-average          It goes on from that of dense, for the first seed: pruned weights live on in it.
+EMA continued    The average goes on from the dense network's (first seed only), so that pruned
+                 weights stay alive in it.
 
-Two need no training. A threshold, the k-th value, at which everything up to it is cut, takes one
-weight too many, and all that tie (Eric-mingjie/rethinking-network-pruning, weight-level lottery
-tickets): counted for a cut of a fifth. Dense alone as the comparison: in how many seeds would
-reinit and the random mask count as tickets?
+Without training: cutting every weight up to the k-th smallest takes one too many, and all that tie
+with it (Eric-mingjie/rethinking-network-pruning, weight-level lottery tickets), counted for a cut
+of a fifth. Weight standardisation revives pruned weights: counted. Dense alone as the comparison:
+in how many seeds would reinit and the random mask count as tickets?
 
 The mistakes were read in the public code of Jiang et al., Successfully Applying Lottery Ticket
 Hypothesis to Diffusion Model, 2023, 2310.18823, unless the text says otherwise. One that changes no
@@ -102,7 +105,7 @@ def few_images(bench):
 
 
 def reversals(bench):
-    """Share of draws of a few samples that put ticket and dense in another order than all do."""
+    """Share of draws of a few samples that order ticket and dense otherwise than all samples."""
     ticket, dense = bench.features["ticket"], bench.features["dense"]
 
     def worse(index, against):
