@@ -225,6 +225,8 @@ def line_chart(series, path, title, x_label, y_label, hlines=(),
     rows = [_Series(label, ends, [y, y], style) for label, y, style in hlines]
     for given, colour, shape in zip(series, cycle(PALETTE), cycle(SHAPES)):
         rows.append(_Series(**dict(colour=colour, shape=shape) | given))
+        if rows[-1].style == "points":  # without a marker there would be nothing to see
+            rows[-1].shape = rows[-1].shape or "circle"
     places, labels = zip(*x_ticks) if x_ticks else ((), ())
     below = max(50, _size(*labels)[1] + 14)
     page = _Page(WIDTH, height + below, title, note)
