@@ -104,7 +104,7 @@ def title_of(settled, steps):
     """When the masks of all t were drawn, for the picture; settled: a step for each seed."""
     every, latest = early_bird.EVERY * steps, early_bird.LATEST * steps
     if all(step + every > latest for step in settled):
-        return f"After {settled[0]:,} of {steps:,} steps no mask has settled; it is drawn as it is"
+        return f"No mask settles before step {settled[0]:,} of {steps:,}, where the search ends"
     between = " to ".join(f"{step:,}" for step in sorted({min(settled), max(settled)}))
     return f"Masks are drawn after {between} of {steps:,} steps"
 

@@ -72,3 +72,9 @@ def test_arms_are_compared_with_the_ticket_by_seed():
     found = {row[0]: row[2:] for row in early_birds.paired(table)}
     assert found["early bird"][:2] == [3, 1.0] and found["early bird"][4] == pytest.approx(0.1)
     assert found["early bird"][-1] == "as good" and found["dense"][-1] == "worse" and "ticket" not in found
+
+
+def test_title_says_whether_masks_settled():
+    assert early_birds.title_of([275, 275, 275], 560) == "No mask settles before step 275 of 560, where the search ends"
+    assert early_birds.title_of([99, 275, 110], 560) == "Masks are drawn after 99 to 275 of 560 steps"
+    assert early_birds.title_of([99], 560) == "Masks are drawn after 99 of 560 steps"
