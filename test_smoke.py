@@ -52,7 +52,8 @@ def test_results_hold_exact_counts(finished):
     assert all(n == second for (r, _), n in live.items() if r == "2")
     assert all(float(r["fid_domain"]) > 0 and int(r["ticket_bytes"]) > 0 for r in rows)
     config = json.load(open(os.path.join(out, "config.json")))
-    assert config["versions"]["torch"] and config["classifier_hash"] and config["margin"] == 0.1
+    assert config["versions"]["torch"] and config["classifier_hash"]
+    assert config["margins"] == dict(fid_domain=0.1, val_loss=0.03)
     assert config["args"]["precision"] in ("fp32", "bf16")  # what was used, not "auto"
 
 
