@@ -8,7 +8,9 @@ Other flags go to lth_diffusion.py. 90 % sparsity in five rounds, unless they sa
 method has a folder of its own and goes on where it stopped; methods that go back to the same step
 share their dense networks. At equal density, a method that iterates has trained many times as long
 as one that cuts once. Therefore some are run a second time, longer, so that their total comes to
-the training steps of `imp` at its last round ('equal cost'), dense among them.
+the training steps of `imp` at its last round ('equal cost'), dense among them. What a search cost
+beyond dense is also given in samples: after how many a ticket has paid for it, if sampling skipped
+every zero.
 
 Margin, fixed before the run: a tenth of the fid_domain of `imp`; intervals of 90 % over seeds,
 paired. A method that ends at another density (channels) is shown and gets no answer. What would
@@ -60,8 +62,9 @@ USUAL = {"--rounds": "5", "--final-sparsity": "0.9", "--control-rounds": "3 5",
          "--seeds": "10 11 12"}
 MEANS = ["fid_domain", "over_dense", "val_loss", "train_macs_total",
          "macs_live", "seconds_per_1000"]
+PAID = "images_to_pay_back"
 HEADER = ["method", "round", "pruned", "live_weights", STEPS, "seeds",
-          "fid_domain", "sd", *MEANS[1:]]
+          "fid_domain", "sd", *MEANS[1:], PAID]
 PAIRED = ["method", "pruned", "seeds", "fid_domain", "less imp", "low", "high", "answer"]
 RUNS = ["seed", "round", "arm", "sparsity", "live_weights", "fid_domain",
         "val_loss", STEPS, "train_macs_total"]
@@ -154,6 +157,19 @@ def summarise(found):
         yield line
 
 
+def pay_back(table, nfe):
+    """Fill PAID in for tickets: after how many samples of nfe evaluations their saved live MACs
+    make up for the training steps spent beyond those of dense, each at the cost of a dense one
+    (as in replication_report); 0 where there are none."""
+    dense = next(line for line in table if line["method"] == "dense")
+    for line in table:
+        saved = nfe * (dense["macs_live"] - line["macs_live"])
+        if line["method"].removesuffix(LONG) in METHODS and saved > 0:
+            more = max(line[STEPS] / dense[STEPS] - 1, 0) * dense["train_macs_total"]
+            line[PAID] = more / saved
+    return table
+
+
 def paired(found, last):
     """Rows of PAIRED: every method in the last round, and at equal cost, against imp."""
     imp, left = fids(found["imp"], last, "ticket"), pruned(found["imp"], last)
@@ -218,7 +234,7 @@ def draw(table, number, path, note):
 
 def report(study, path, common, found):
     """Save the tables, draw, print what came out."""
-    table = list(summarise(found))
+    table = pay_back(list(summarise(found)), common.nfe)
     cells = [list(line.values()) for line in table]
     facts = dict(device=cli.pick_device(common.device)[0], n=common.samples,
                  seeds=common.seeds, flags=vars(common))

@@ -111,6 +111,18 @@ def test_summary_by_hand():
     assert lines["oneshot, equal cost"]["over_dense"] == -1 and lines["oneshot"]["sd"] is None
 
 
+def test_images_to_pay_back():
+    """20 steps more than the 20 of dense, which cost 600 MACs; 6 of 10 saved in each of 5 evaluations."""
+    table = [dict(line, images_to_pay_back=None) for line in (
+        dict(method="dense", train_steps_total=20, train_macs_total=600, macs_live=10),
+        dict(method="imp", train_steps_total=40, train_macs_total=900, macs_live=4),
+        dict(method="rigl", train_steps_total=20, train_macs_total=100, macs_live=4),
+        dict(method="imp, reinit", train_steps_total=40, train_macs_total=900, macs_live=4),
+        dict(method="channels", train_steps_total=40, train_macs_total=900, macs_live=10))]
+    paid = [line["images_to_pay_back"] for line in comparison.pay_back(table, 5)]
+    assert paid == [None, 600 / 30, 0, None, None]
+
+
 @pytest.mark.parametrize("value, said", [(8.0, "better"), (10.0, "as good"), (12.0, "worse"), (11.05, "not shown")])
 def test_answers_are_paired_and_have_a_margin(value, said):
     imp = [row(seed, 2, "ticket", 10.0 + seed, 40) for seed in range(3)]
