@@ -5,6 +5,9 @@
     as iterative magnitude pruning, with rates that follow 1 - CKA
 
     python -m methods.cka --dataset mnist
+    python -m methods.cka --dataset mnist --shuffled    # the control: the same rates, elsewhere
+
+Rates that help wherever they are put say nothing about similarity, hence the control.
 """
 if __name__ == "__main__" and not __package__:
     raise SystemExit("run it as a module:  python -m methods.cka")
@@ -81,6 +84,12 @@ def cka_rates(model, similarity, p=0.2, q=0.01):
     return {name: rates[block] for name, block in blocks_of(model).items()}
 
 
+def shuffle(similarity, seed):
+    """The same values, dealt out to the blocks at random."""
+    blocks = np.random.default_rng(lth.MASK_SEED + seed).permutation(list(similarity))
+    return dict(zip(blocks.tolist(), similarity.values()))
+
+
 def find_tickets(args, exp):
     """Train, prune by measured similarity, rewind, repeat."""
     for seed in args.seeds:
@@ -88,6 +97,8 @@ def find_tickets(args, exp):
         probe = exp.train(Job(seed, 0, "probe"), exp.new_model(seed), state=dense.checkpoint,
                           seed=PROBE_SEED + seed, after=dense.spent)
         alike = block_similarity(dense.model, probe.model)
+        if args.shuffled:
+            alike = shuffle(alike, seed)
         masks, spent = dense.masks, probe.spent  # measuring is part of the cost
         for r in range(1, args.rounds + 1):
             rates = cka_rates(last.model, alike, args.prune_rate)
@@ -113,6 +124,8 @@ def main(argv=None):
     """The command line, with the flags of lth_diffusion.py but --scope and --score."""
     fixed = dict(scope="global", score="magnitude")
     parser = lth.make_parser(prog="methods.cka", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shuffled", action="store_true",
+                        help="deal the rates out to the blocks at random: the control")
     lth.run(*lth.parse_args(argv, parser, "_cka", **fixed), find_tickets, plan)
 
 

@@ -36,6 +36,7 @@ ITERATE = {  # name -> (module, its flags); the first is what the others are com
     "imp-ramp": (lth, "--scope ramp"),
     "imp-erk": (lth, "--scope erk"),
     "imp-cka": (cka, ""),
+    "imp-cka-shuffled": (cka, "--shuffled"),  # the control of imp-cka
     "imp-taylor": (taylor, ""),
     "channels": (channels, ""),
 }

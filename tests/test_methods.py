@@ -14,7 +14,7 @@ import lth_diffusion as lth
 from ddpm import Diffusion, train
 from methods import channels, early_bird, oneshot, taylor
 from methods.channels import dense_channels, prune_channels, shrink
-from methods.cka import block_similarity, cka, cka_rates, u_centred
+from methods.cka import block_similarity, cka, cka_rates, shuffle, u_centred
 from methods.magnitude_init import init_scores
 from methods.random_pruning import random_scores
 from methods.rigl import RigL, rigl_hooks
@@ -225,6 +225,14 @@ def test_cka_rates_prune_most_where_blocks_agree_least():
     assert spread == pytest.approx(0.01 * (len(similarity) - 1), abs=1e-12)  # as wide as the ramp
     alike = cka_rates(model, dict.fromkeys(similarity, 0.7), 0.2)
     assert list(alike.values()) == pytest.approx([0.2] * len(alike), abs=1e-4)
+
+
+def test_shuffled_similarities_are_the_same_ones_elsewhere():
+    similarity = {block: 0.1 * i for i, block in enumerate(blocks(net()))}
+    mixed = shuffle(similarity, 3)
+    assert mixed == shuffle(similarity, 3) != shuffle(similarity, 4)
+    assert mixed != similarity and mixed.keys() == similarity.keys()
+    assert sorted(mixed.values()) == sorted(similarity.values())
 
 
 # ----------------------------------------------------------------------------------- channel tickets
