@@ -32,8 +32,7 @@ def write_config(exp, method, margins):
     facts = runs.provenance(
         " ".join(sys.argv), exp.device, precision=a.precision, method=method,
         margins=margins, ranks=ranks.ranks()[1], experiment=type(exp).__name__,
-        primary_metric="fid_domain", reference=exp.reference, reference_n=len(exp.real),
-        **exp.hashes)
+        reference=exp.reference, reference_n=len(exp.real), **exp.hashes)
     runs.write_config(a, facts, SAME if exp.device.type == "cpu" else SAME[:-1])
 
 
