@@ -257,7 +257,7 @@ def full_precision():
 def load_inception(path=None, root=None):
     """InceptionV3 with the FID checkpoint: at path, else in root ($LTH_DATA or data), else cached,
     else downloaded. OSError says how to get it by hand."""
-    root, url = root or os.environ.get("LTH_DATA", "data"), INCEPTION_URL + INCEPTION_FILE
+    root, url = root or os.environ.get("LTH_DATA") or "data", INCEPTION_URL + INCEPTION_FILE
     from support import data, runs
     if path is None:
         folders = [root, *runs.cache_folders()]

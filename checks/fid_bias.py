@@ -101,7 +101,7 @@ def main(argv=None):
     """The command line."""
     study = Study("checks.fid_bias", __doc__)
     study.add_argument(
-        "--data-dir", type=cli.path, default=os.environ.get("LTH_DATA", "data"),
+        "--data-dir", type=cli.path, default=os.environ.get("LTH_DATA") or "data",
         help="folder of the data sets (default: $LTH_DATA or data)")
     with study.arguments(argv) as args:
         path, rows, hashes = f"{args.out}/fid_bias", [], {}

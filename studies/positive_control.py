@@ -233,7 +233,7 @@ def main(argv=None):
         help="rounds of 20 %% (default: 17, to 2.3 %%)")
     add("--rewind", type=cli.fraction, default=0.0, metavar="SHARE",
         help="go back to this share of the steps (default: 0, as the paper)")
-    add("--data-dir", default=os.environ.get("LTH_DATA", "data"), type=cli.path,
+    add("--data-dir", default=os.environ.get("LTH_DATA") or "data", type=cli.path,
         help="folder of MNIST (default: $LTH_DATA or data)")
     with study.arguments(argv) as args:
         sets, seeds = load(args.data_dir), cli.once(args.seeds)

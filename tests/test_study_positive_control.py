@@ -83,6 +83,7 @@ def test_missing_data_ends_in_one_line(tmp_path, capsys, monkeypatch):
     def absent(*_):
         raise OSError("no MNIST here")
     monkeypatch.setattr(data, "load_images", absent)
+    monkeypatch.setenv("LTH_DATA", "")  # as if it were not set
     with pytest.raises(SystemExit) as stop:
         positive_control.main(["--out", str(tmp_path)])
     said = capsys.readouterr().err
