@@ -42,16 +42,8 @@ if [ "$stage" = test ]; then
     if [ $# -gt 0 ]; then
         exec .venv/bin/python -m pytest -q "$@"
     fi
-    first='' second='' i=0
-    for file in $(ls -S test_smoke.py tests/test_*.py); do # two halves side by side
-        if [ $((i % 2)) = 0 ]; then first="$first $file"; else second="$second $file"; fi
-        i=$((i + 1))
-    done
-    .venv/bin/python -m pytest -q $first &
-    trap "kill $! 2> /dev/null || true" EXIT
-    failed=0
-    .venv/bin/python -m pytest -q $second || failed=1
-    wait $! || failed=1
-    exit $failed
+    # a few files at a time, the largest first, by two processes
+    ls -S test_smoke.py tests/test_*.py | xargs -P 2 -n 5 .venv/bin/python -m pytest -q
+    exit
 fi
 exec .venv/bin/python lth_diffusion.py --dataset "$stage" "$@"
