@@ -18,10 +18,13 @@ from ddpm import Diffusion, train
 from prune import (apply_masks, blocks_of, dense_masks, load_ticket, mask_hooks, pack_masks,
                    prunable, rewind)
 from support import cli, runs
-from support.verdict import t_test
+from support.verdict import t_test, verdict
 from support.words import ARMS
 
 SMALL = ["--rounds", "2", "--final-sparsity", "0.9"]  # the run on digits that studies make
+SHOWN = "dense", "ticket", "reinit", "random"  # the arms of a verdict
+JUDGED = ["seeds", *SHOWN, "p", "answer", "ticket - dense", "low", "high", "ticket - reinit",
+          "lowest", "highest"]
 
 
 class Study(cli.Parser):
@@ -267,6 +270,17 @@ def against(mine, other, share):
     means = [float(np.mean([one[seed] for seed in seeds])) for one in (mine, other)]
     gap = over_seeds([mine[seed] - other[seed] for seed in seeds])
     return [len(seeds), *means, *gap, better_or_worse(gap, share * means[1])]
+
+
+def judged(arms, metric="fid_domain"):
+    """Cells of JUDGED from {arm: {seed: value}}: means, the verdict at the metric's margin, and
+    differences with their 90 % intervals."""
+    found = verdict(arms, lth.MARGINS[metric], metric=metric)
+    means = [float(np.mean(list(arms[arm].values()))) if arms[arm] else None for arm in SHOWN]
+    gaps = [end for arm in ("dense", "reinit")
+            for end in found.effects.get(arm, (None, None, None))]
+    answer = {True: "winning", False: "not shown", None: "no verdict"}[found.winning]
+    return [found.n, *means, found.p, answer, *gaps]
 
 
 def rounded(table):

@@ -15,6 +15,7 @@ Samples are not clipped, since a code has no range, and are decoded before they 
 quality is that of pixels. No ticket can regain what the autoencoder loses, so the fid_domain of
 reconstructed test images is in the table; this loss makes ratios to dense look milder in latent
 space. CIFAR is refused: its runs flip images, and a flipped code is not that of a flipped image.
+Winning is what it is in the main job, by fid_domain and by val_loss, at the last round.
 
 What would change our mind about 'tickets exist in latent space as well': a ticket that loses to
 reinit or to the random mask there in every seed, while the pixel ticket of the same seeds wins.
@@ -35,9 +36,9 @@ from tqdm import tqdm
 import lth_diffusion as lth
 import metrics
 from ddpm import check_finite, learning_rate, to_float, to_uint8
-from studies.common import (Study, add_run_flag, deviation, open_run,
-                            over_seeds)
-from support import charts, cli, runs
+from studies.common import (JUDGED, Study, add_run_flag, deviation, judged, open_run,
+                            rounded)
+from support import charts, cli, report, runs
 from support.words import counted
 
 # Of the autoencoder: about a minute on two cores.
@@ -178,31 +179,40 @@ def latent_run(args, seeds, parser):
 # --------------------------------------------------------------------------- what came out
 
 Line = namedtuple("Line", "space arm sparsity seeds fid_domain sd over_dense "
-                  "sd_over_dense live_mmacs", defaults=[None] * 4)
-
-
-def values_of(rows, seeds):
-    """{(arm, round): fid_domain of the seeds}."""
-    found = {}
-    for seed in seeds:
-        for job, row in rows.items():
-            if job.seed == seed:
-                group = found.setdefault((job.arm, job.round), [])
-                group.append(row["fid_domain"])
-    return {key: np.array(group) for key, group in found.items()}
+                  "sd_over_dense val_loss live_mmacs", defaults=[None] * 5)
+VERDICTS = ["space", "metric", *JUDGED]
 
 
 def lines(space, rows, seeds):
     """The Lines of one space, means over seeds; over_dense: over the same seed's dense."""
-    found = values_of(rows, seeds)
-    for (arm, r), fid in found.items():
-        row = rows[lth.Job(seeds[0], r, arm)]
-        over, macs = fid / found["dense", 0], row["macs_live"] / 1e6
-        yield Line(space, arm, row["sparsity"], len(seeds), fid.mean(),
-                   deviation(fid), over.mean(), deviation(over), macs)
+    def values(column, r, arm):
+        return np.array([rows[lth.Job(seed, r, arm)][column] for seed in seeds])
+
+    dense = values("fid_domain", 0, "dense")
+    for _, r, arm in [job for job in rows if job.seed == seeds[0]]:
+        fid, first = values("fid_domain", r, arm), rows[lth.Job(seeds[0], r, arm)]
+        over, loss = fid / dense, values("val_loss", r, arm).mean()
+        yield Line(space, arm, first["sparsity"], len(seeds), fid.mean(), deviation(fid),
+                   over.mean(), deviation(over), loss, first["macs_live"] / 1e6)
 
 
-def draw(table, path, note):
+def verdict_rows(space, rows, seeds, last):
+    """Rows of VERDICTS: what is shown of the last ticket by each metric."""
+    mine = {job: row for job, row in rows.items() if job.seed in seeds}
+    for metric in lth.MARGINS:
+        yield [space, metric, *judged(report.arms_of(mine, last, metric), metric)]
+
+
+def title_of(verdicts, sparsity):
+    """What the verdicts by fid_domain say, for the picture."""
+    answers = {row[0]: row[VERDICTS.index("answer")] for row in verdicts if row[1] == "fid_domain"}
+    won = [space for space, answer in answers.items() if answer == "winning"]
+    if not won:
+        return f"At {100 * sparsity:.0f} % sparsity tickets are shown to win in neither space"
+    return f"At {100 * sparsity:.0f} % sparsity tickets win in {' and in '.join(won)} space"
+
+
+def draw(table, title, path, note):
     """fid_domain over that of dense against sparsity: tickets as lines, controls as marks."""
     series, arms = [], ("ticket", "reinit", "random")
     for space, colour in zip(("pixel", "latent"), charts.PALETTE):
@@ -217,7 +227,7 @@ def draw(table, path, note):
                 x=[100 * line.sparsity for line in mine],
                 y=y, y_low=y - sd, y_high=y + sd))
     series = [one for one in series if one["x"]]
-    charts.line_chart(series, path, "Tickets in pixel space and in latent space",
+    charts.line_chart(series, path, title,
                       "weights pruned (%)", "fid_domain over that of dense (log)",
                       log_y=True, hlines=[("dense", 1.0, "dashed")], note=note)
 
@@ -229,25 +239,10 @@ def draw_samples(exp, path, note):
     rows = [("real", real), ("reconstructed", exp.reconstruct(real))]
     for job in lth.Job(seed, 0, "dense"), lth.Job(seed, last, "ticket"):
         state = runs.load_state(job.path(exp.args.out))
-        label = f"{job.arm}, latent\n{state['row']['sparsity']:.0%} pruned"
+        label = f"{job.arm}, latent\n{100 * state['row']['sparsity']:.0f} % pruned"
         rows.append((label, state["pictures"][:12]))
     charts.sample_rows(rows, path, "Latent diffusion and its lottery ticket",
                        f"Seed {seed}. The last two rows share x_T. {note}")
-
-
-def conclude(space, rows, seeds, last):
-    """The last ticket over dense and its controls in one space."""
-    found, parts = values_of(rows, seeds), []
-    ticket = found["ticket", last]
-    for arm, r in ("dense", 0), ("reinit", last), ("random", last):
-        if (arm, r) in found:
-            over = np.mean(ticket / found[arm, r])
-            _, low, high = over_seeds(ticket - found[arm, r])
-            ends = "" if low is None else f" ({low:+.2f} to {high:+.2f})"
-            parts.append(f"{arm} {over:.2f}{ends}")
-    certain = "no verdict" if low is None else "in brackets: 90 % intervals of differences"
-    return (f"{space}: fid_domain of the last ticket over {', '.join(parts)}; "
-            f"{counted(len(seeds), 'seed')}, {certain}.")
 
 
 def main(argv=None):
@@ -259,10 +254,10 @@ def main(argv=None):
         seeds = finished_seeds(there.args, pixel)
         exp = latent_run(there.args, seeds, study)
         a, back = exp.args, exp.reconstruction()
-        table, said = [], []
+        table, verdicts = [], []
         for space, rows in (("pixel", pixel), ("latent", exp.rows)):
             table += lines(space, rows, seeds)
-            said.append(conclude(space, rows, seeds, a.rounds))
+            verdicts += verdict_rows(space, rows, seeds, a.rounds)
         scores = {("latent", "reconstruction"): back,
                   ("pixel", "real images"): exp.reference}
         for names, score in scores.items():
@@ -271,14 +266,17 @@ def main(argv=None):
         path = os.path.join(args.out, f"latent_{a.dataset}")
         study.save(path, Line._fields, table, exp.device, n=a.samples,
                    seeds=seeds, reconstruction=back, flags=vars(a))
+        study.save(path + "_verdicts", VERDICTS, verdicts, exp.device, n=a.samples, seeds=seeds)
         note = (f"{a.dataset}, {a.steps:,} steps of {a.batch}, "
                 f"n={a.samples:,} samples.")
-        draw(table, path + ".png", f"{note} Means over {counted(len(seeds), 'seed')}; "
-             "bars: standard deviation.")
+        last = max(line.sparsity for line in table if line.sparsity is not None)
+        draw(table, title_of(verdicts, last), path + ".png",
+             f"{note} Means over {counted(len(seeds), 'seed')}; bars: standard deviation.")
         draw_samples(exp, path + "_samples.png", note)
-    print(f"\n{charts.text_table(Line._fields, table)}\n\n"
-          f"Squared error of reconstructed test images in [-1, 1]: {back['mse']:.4f}.")
-    print(*said, f"{path}.csv, .json, .png, _samples.png", sep="\n")
+    print(f"\n{charts.text_table(Line._fields, rounded(table))}\n\n"
+          f"{charts.text_table(VERDICTS, rounded(verdicts))}\n\n"
+          f"Squared error of reconstructed test images in [-1, 1]: {back['mse']:.4f}.\n"
+          f"{path}*.csv, .json, .png, _samples.png")
 
 
 if __name__ == "__main__":

@@ -27,18 +27,15 @@ import os
 import numpy as np
 
 import lth_diffusion as lth
-from studies.common import Study, rounded, rows_of
+from studies.common import JUDGED, SHOWN as ARMS, Study, judged, rounded, rows_of
 from support import charts, cli, report, runs, words
-from support.verdict import verdict
 
 RATES = 0.25, 1, 4  # times the default peak rate
 ROUNDS = 2, 5  # to the same sparsity; the first is that of `rates`
 SPARSITY = 0.9
-ARMS = "dense", "ticket", "reinit", "random"
 OWN = "own best rate"
 HEADER = ["part", "setting", "seed", "arm", "lr", "rounds", "val_loss", "fid_domain"]
-SUMMARY = ["part", "setting", "seeds", *ARMS, "p", "answer", "ticket - dense", "low", "high",
-           "ticket - reinit", "lowest", "highest"]
+SUMMARY = ["part", "setting", *JUDGED]
 
 
 def settings(lr):
@@ -92,12 +89,7 @@ def arms_of(table):
 def summarise(table):
     """Rows of SUMMARY."""
     for (part, name), arms in arms_of(table).items():
-        found = verdict(arms, margin=lth.MARGINS["fid_domain"])
-        means = [float(np.mean(list(arms[arm].values()))) if arms[arm] else None for arm in ARMS]
-        gaps = [end for arm in ("dense", "reinit")
-                for end in found.effects.get(arm, (None, None, None))]
-        answer = {True: "winning", False: "not shown", None: "no verdict"}[found.winning]
-        yield [part, name, found.n, *means, found.p, answer, *gaps]
+        yield [part, name, *judged(arms)]
 
 
 def conclude(summary):

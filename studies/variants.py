@@ -34,19 +34,18 @@ import torch
 
 import lth_diffusion as lth
 from ddpm import Diffusion, sampling_times
-from studies.common import SMALL, Study, deviation, over_seeds, rounded
+from studies.common import (JUDGED, SHOWN, SMALL, Study, deviation, judged, over_seeds,
+                            rounded)
 from support import charts, cli, report
-from support.verdict import verdict
 from support.words import ARMS, seeds_of
 
 SIGMA = "sigma/eps/plain"
 VARIANTS = ("linear/v/min-snr", "linear/v/plain", "linear/eps/min-snr", "linear/eps/plain",
             "cosine/v/min-snr", SIGMA)
-SHOWN = "dense", "ticket", "reinit", "random"
 # difference: fid_domain of the ticket less that of the arm, with the ends of its interval
 Row = collections.namedtuple("Row", "variant arm sparsity seeds fid_domain sd "
                              "difference low high val_loss")
-VERDICTS = ["variant", "seeds", *SHOWN, "p", "answer"]
+VERDICTS = ["variant", *JUDGED]
 
 
 class SigmaDiffusion(Diffusion):
@@ -132,17 +131,14 @@ def verdict_row(name, exp, seeds):
     """The row of VERDICTS of a variant."""
     arms = {arm: {seed: exp.rows[lth.Job(seed, 0 if arm == "dense" else exp.args.rounds, arm)]
                   ["fid_domain"] for seed in seeds} for arm in SHOWN}
-    found = verdict(arms, margin=lth.MARGINS["fid_domain"])
-    answer = {True: "winning", False: "not shown", None: "no verdict"}[found.winning]
-    means = [float(np.mean(list(values.values()))) for values in arms.values()]
-    return [name, found.n, *means, found.p, answer]
+    return [name, *judged(arms)]
 
 
 # --------------------------------------------------------------------------- what they show
 
 def title_of(verdicts):
     """What the verdicts say, for the picture."""
-    won = [row[0] for row in verdicts if row[-1] == "winning"]
+    won = [row[0] for row in verdicts if row[VERDICTS.index("answer")] == "winning"]
     return f"Tickets are shown to win in {len(won)} of {len(verdicts)} variants"
 
 
@@ -180,7 +176,8 @@ def main(argv=None):
             except SystemExit as stop:
                 if stop.code != 1:  # 1: it diverged, as it has said itself
                     raise
-                verdicts.append([name, len(seeds), *[None] * 5, "no verdict: it diverged"])
+                verdicts.append([name, len(seeds), *[None] * 5, "no verdict: it diverged",
+                                 *[None] * 6])
                 continue
             table += arm_rows(name, exp, seeds)
             verdicts.append(verdict_row(name, exp, seeds))

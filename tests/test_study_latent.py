@@ -32,7 +32,10 @@ def test_latent(tmp_path, monkeypatch, capsys):
     lth.main([*SMALL, str(tmp_path / "run")])
     command = ["--from", str(tmp_path / "run"), "--out", str(tmp_path)]
     latent.main(command)
-    assert "1 seed, no verdict" in capsys.readouterr().out
+    assert "no verdict" in capsys.readouterr().out  # one seed
+    with open(tmp_path / "latent_digits_verdicts.csv", encoding="utf-8") as file:
+        assert [(row["space"], row["metric"]) for row in csv.DictReader(file)] == [
+            (space, metric) for space in ("pixel", "latent") for metric in lth.MARGINS]
     with open(tmp_path / "latent_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     by = {(row["space"], row["arm"], row["sparsity"]): row for row in rows}
@@ -73,20 +76,25 @@ def test_autoencoder_learns_and_normalises():
     assert code.shape == (300, 1, 14, 14) and abs(code.mean()) < 0.3 and 0.6 < code.std() < 1.4
 
 
-def test_lines_and_conclusion_by_hand():
+def test_lines_and_verdicts_by_hand():
     def rows(dense, ticket):
-        values = {("dense", 0): dense, ("ticket", 1): ticket, ("reinit", 1): (8, 8, 8)}
-        return {lth.Job(seed, r, arm): dict(fid_domain=v, sparsity=0.5 * r, macs_live=2e6)
+        values = {("dense", 0): dense, ("ticket", 1): ticket, ("reinit", 1): (8, 8, 9), ("random", 1): (9, 8, 9)}
+        return {lth.Job(seed, r, arm): dict(fid_domain=v, val_loss=0.1 * v, sparsity=0.5 * r, macs_live=2e6)
                 for (arm, r), each in values.items() for seed, v in enumerate(each)}
     pixel = rows((2, 4, 8), (1, 2, 4))
     table = list(latent.lines("pixel", pixel, [0, 1, 2]))
-    assert [line.arm for line in table] == ["dense", "ticket", "reinit"]
-    sd = pytest.approx(np.std([1, 2, 4], ddof=1))
-    assert table[1] == ("pixel", "ticket", 0.5, 3, pytest.approx(7 / 3), sd, 0.5, 0.0, 2.0)
-    same = latent.conclude("latent", rows((2, 3, 4), (1, 2, 3)), [0, 1, 2], 1)
-    assert "over dense 0.64 (-1.00 to -1.00), reinit 0.25" in same and "3 seeds, in brackets: 90 %" in same
-    assert latent.conclude("pixel", pixel, [0], 1) == (
-        "pixel: fid_domain of the last ticket over dense 0.50, reinit 0.12; 1 seed, no verdict.")
+    assert [line.arm for line in table] == ["dense", "ticket", "reinit", "random"]
+    sd, mean = pytest.approx(np.std([1, 2, 4], ddof=1)), pytest.approx(7 / 3)
+    assert table[1] == ("pixel", "ticket", 0.5, 3, mean, sd, 0.5, 0.0, pytest.approx(0.7 / 3), 2.0)
+    assert table[1].over_dense == 0.5
+    won = list(latent.verdict_rows("latent", rows((2, 3, 4), (1, 2, 3)), [0, 1, 2], 1))
+    answer = latent.VERDICTS.index("answer")
+    assert [row[:4] for row in won] == [["latent", "fid_domain", 3, 3.0], ["latent", "val_loss", 3, pytest.approx(0.3)]]
+    assert won[0][answer] == "winning" and won[0][answer + 1:answer + 4] == [-1, -1, -1]
+    few = list(latent.verdict_rows("pixel", pixel, [0], 1))
+    assert few[0][answer] == "no verdict"
+    assert latent.title_of([*few, *won], 0.5) == "At 50 % sparsity tickets win in latent space"
+    assert "win in neither space" in latent.title_of(few, 0.5)
 
 
 def test_only_finished_seeds_are_used():
