@@ -227,9 +227,11 @@ def draw(table, number, path, note):
     titles = [*(line["pruned"] for line in imp.values()), "equal\ncost"]
     alike = {line["method"] for line in table if line["pruned"] == imp[number]["pruned"]}
     best = next(name for name in order if name in METHODS and name in alike)
-    charts.heat_map(matrix, [names[name] for name in order], titles, path,
-                    f"fid_domain by method: at {imp[number]['pruned']} the lowest mean is that of "
-                    f"{best}", note, log=True,
+    title = f"At {imp[number]['pruned']} sparsity the lowest fid_domain is that of {best}"
+    if any(line["method"].endswith(LONG) for line in table):
+        paid = {name: values[LONG] for name, values in cells.items() if LONG in values}
+        title += f", at equal cost that of {min(paid, key=paid.get)}"
+    charts.heat_map(matrix, [names[name] for name in order], titles, path, title, note, log=True,
                     x_label="weights pruned", bar_label="lower is better")
 
 
