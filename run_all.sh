@@ -43,7 +43,7 @@ if [ "$stage" = test ]; then
         exec .venv/bin/python -m pytest -q "$@"
     fi
     # a few files at a time, the largest first, by two processes
-    ls -S test_smoke.py tests/test_*.py | xargs -P 2 -n 5 .venv/bin/python -m pytest -q
+    ls -S test_smoke.py tests/test_*.py | xargs -P 2 -n 3 .venv/bin/python -m pytest -q
     exit
 fi
 exec .venv/bin/python lth_diffusion.py --dataset "$stage" "$@"
