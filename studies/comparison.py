@@ -10,7 +10,7 @@ share their dense networks. At equal density, a method that iterates has trained
 as one that cuts once. Therefore some are run a second time, longer, so that their total comes to
 the training steps of `imp` at its last round ('equal cost'), dense among them. What a search cost
 beyond dense is also given in samples: after how many a ticket has paid for it, if sampling skipped
-every zero.
+every zero and training none. Cost is counted in steps; train_macs_total has it without the zeros.
 
 Margin, fixed before the run: a tenth of the fid_domain of `imp`; intervals of 90 % over seeds,
 paired. A method that ends at another density (channels) is shown and gets no answer. What would
