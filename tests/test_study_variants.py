@@ -110,10 +110,12 @@ def test_differences_by_hand():
     assert [row.difference for row in table] == [-2, None, 0, -12]
     half = 2.919986 / math.sqrt(3)  # t of 2 degrees of freedom at 95 %, times sd 1 over the root of 3
     assert (table[0].low, table[0].high) == pytest.approx((-2 - half, -2 + half), abs=1e-5)
-    row = variants.verdict_row("a", exp, [0, 1, 2])
+    row, by_loss = variants.verdict_rows("a", exp, [0, 1, 2])
     at = variants.VERDICTS.index("answer")
-    assert row[:6] == ["a", 3, 10, 8, 8, 20] and row[at] == "not shown"  # no better than reinit
-    assert variants.title_of([row, [*row[:at], "winning"]]) == "Tickets are shown to win in 1 of 2 variants"
+    assert row[:7] == ["a", "fid_domain", 3, 10, 8, 8, 20] and row[at] == "not shown"  # no better than reinit
+    assert by_loss[:7] == ["a", "val_loss", 3, 1, 1, 1, 1] and by_loss[at] == "not shown"
+    assert variants.title_of([[*row[:at], "winning"], by_loss]) == (
+        "Of 1 variant tickets win in 1 by fid_domain, 0 by val_loss")
 
 
 def test_every_variant_gets_its_own_run():
