@@ -116,7 +116,7 @@ def test_several_processes_share_a_folder_and_some_die(tmp_path):
     """PROCESSES on one folder, of which one is killed at a random moment, again and again: the table and the
     weights are those of one process; no training run is lost, none stays with the dead."""
     rng, whole, out = random.Random(1), str(tmp_path / "whole"), str(tmp_path / "shared")
-    flags = ["--seeds", "0", "1", "2"]
+    flags = ["--seeds", "0", "1"]
     finish(whole, flags)
     processes, kills = [start(out, flags) for _ in range(PROCESSES)], 0
     while any(process.is_alive() for process, _ in processes):
@@ -130,7 +130,7 @@ def test_several_processes_share_a_folder_and_some_die(tmp_path):
     assert kills and {process.exitcode for process, _ in processes} == {0}, kills
     assert same(out, whole)
     log = [line for line in open(os.path.join(out, "log.jsonl"))]
-    assert len(log) >= len(results(out)) == 12
+    assert len(log) >= len(results(out)) == 8
     assert not [name for name in os.listdir(os.path.join(out, "seed0")) if name.endswith("partial.pt")]
 
 

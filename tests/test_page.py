@@ -349,7 +349,8 @@ def test_lines_are_for_logs_alone_and_one_line_puts_them_there(monkeypatch):
 def test_a_run_in_a_log_tells_of_training_and_of_sampling(tmp_path):
     """As a program of its own, with the lines closer together."""
     code = ("import sys; from support import screen; screen.EVERY = 0.05; "
-            "screen.Lines.__init__.__defaults__ = (0.05,); import lth_diffusion; lth_diffusion.main()")
+            "screen.Lines.__init__.__defaults__ = (0.05,); import lth_diffusion; "
+            "lth_diffusion.VAL_IMAGES = 200; lth_diffusion.main()")
     argv = "--rounds 1 --controls --steps 20 --batch 8 --samples 256 --nfe 4 --out".split()
     done = subprocess.run([sys.executable, "-c", code, *argv, str(tmp_path / "run")], text=True,
                           capture_output=True, timeout=300, cwd=report.runs.HERE)
