@@ -306,6 +306,14 @@ def slope(values):
 
 # --------------------------------------------------------------------------- figures of masks
 
+def images_to_pay_back(steps, training, saved):
+    """After how many samples, of which each saves `saved` live multiply-accumulates, a search is
+    paid for that took `steps` times the steps of dense, which cost `training`. Every step costs as
+    much as one of dense: hardware that skips zeros in sampling need not do so in training."""
+    return max(steps - 1, 0) * training / saved
+
+
+
 def overlap(a, b):
     """(IoU of two masks over the layers of `a`, that of random masks of the same densities)."""
     both, by_chance, either = 0, 0.0, 0

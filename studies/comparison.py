@@ -27,7 +27,8 @@ import numpy as np
 import lth_diffusion as lth
 from methods import (channels, cka, early_bird, magnitude_init, oneshot, random_pruning, rigl, rst,
                      taylor)
-from studies.common import Study, against, deviation, rounded, rows_of, take_dense
+from studies.common import (Study, against, deviation, images_to_pay_back, rounded, rows_of,
+                            take_dense)
 from support import charts, cli, runs
 
 ITERATE = {  # name -> (module, its flags); the first is what the others are compared with
@@ -159,15 +160,13 @@ def summarise(found):
 
 
 def pay_back(table, nfe):
-    """Fill PAID in for tickets: after how many samples of nfe evaluations their saved live MACs
-    make up for the training steps spent beyond those of dense, each at the cost of a dense one
-    (as in replication_report); 0 where there are none."""
+    """Fill PAID in for tickets: images_to_pay_back, drawn with nfe evaluations each."""
     dense = next(line for line in table if line["method"] == "dense")
     for line in table:
         saved = nfe * (dense["macs_live"] - line["macs_live"])
         if line["method"].removesuffix(LONG) in METHODS and saved > 0:
-            more = max(line[STEPS] / dense[STEPS] - 1, 0) * dense["train_macs_total"]
-            line[PAID] = more / saved
+            steps = line[STEPS] / dense[STEPS]
+            line[PAID] = images_to_pay_back(steps, dense["train_macs_total"], saved)
     return table
 
 

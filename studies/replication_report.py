@@ -22,7 +22,7 @@ import numpy as np
 from scipy import stats
 
 import lth_diffusion as lth
-from studies.common import Study, over_seeds, rounded
+from studies.common import Study, images_to_pay_back, over_seeds, rounded
 from support import charts, cli, runs
 from support.verdict import verdict
 from support.words import ARMS, seeds_of
@@ -267,9 +267,7 @@ def steps_to_match(curves, number, arm):
 
 def means(part, config, rows, curves):
     """Rows of MEANS. training steps, live MACs: of all runs that it took, over those of dense; live
-    MACs count no multiplication by a pruned weight, in training either. images to pay back: after
-    how many samples the saved live MACs make up for the training steps spent beyond those of
-    dense, each at the cost of a dense one, as hardware that skips no zeros in training has it."""
+    MACs count no multiplication by a pruned weight, in training either."""
     dense_macs = np.mean(list(values_of(rows, 0, "dense", "train_macs_total").values()))
     dense_steps = np.mean(list(values_of(rows, 0, "dense", "train_steps_total").values()))
     order = sorted(rows, key=lambda key: (key[1], list(ARMS).index(key[2])))
@@ -283,8 +281,8 @@ def means(part, config, rows, curves):
             return float(np.std(values, ddof=1)) if len(values) > 1 else None
         saved = config["args"]["nfe"] * (mean("macs_dense") - mean("macs_live"))
         steps = mean("train_steps_total") / dense_steps
-        more = (steps - 1) * dense_macs
-        pay = more / saved if arm in ("ticket", "oneshot") and saved > 0 else math.nan
+        pays = arm in ("ticket", "oneshot") and saved > 0
+        pay = images_to_pay_back(steps, dense_macs, saved) if pays else math.nan
         yield [part, number, arm, mean("sparsity"), len(group), mean("fid_domain"),
                spread("fid_domain"), mean("precision_domain"), mean("recall_domain"),
                mean("val_loss"), spread("val_loss"),

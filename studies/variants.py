@@ -16,8 +16,8 @@ min-snr  Hang et al., Efficient Diffusion Training via Min-SNR Weighting, 2023, 
 
 Winning, in each variant, is what it is in the main job: within 10 % of dense in fid_domain or 3 %
 in val_loss, better than reinit, better than a random mask, each by a one-sided paired t test at
-5 %, here without adjustment over variants. Intervals are 90 %. val_loss is an error on eps at the noise levels of the schedule:
-compare it between variants of one schedule only.
+5 %, here without adjustment over variants. Intervals are 90 %. val_loss is an error on eps at the
+noise levels of the schedule: compare it between variants of one schedule only.
 
 What would change our mind about 'a ticket is a ticket under any loss': a variant in which reinit is
 shown to be better than the ticket.
