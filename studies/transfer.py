@@ -16,10 +16,11 @@ mask together, to places of equal shapes: B1 B1 B2 where there are more places t
 units where there are fewer. All other layers are copied one to one, so the density changes a
 little. Other flags go to lth_diffusion.py, which makes these runs.
 
-Differences are paired by seed, intervals 90 %. Margin, fixed before the run: a network is as good
-as the own ticket if the interval lies within 10 % of that one's fid_domain, worse if beyond. Dense
-networks and new initialisations train from step 0, the others go on from step k with their
-optimizer. Each data set has its own feature extractor: compare fid_domain within a target.
+Differences are paired by seed, intervals 90 %. Margins, fixed before the run: a network is as good
+as another if the interval lies within 10 % of that one's fid_domain, or 3 % of its val_loss, worse
+if beyond. Dense networks and new initialisations train from step 0, the others go on from step k
+with their optimizer. Each data set has its own feature extractor: compare fid_domain within a
+target.
 
 What would change our mind about 'a ticket is more than its layer densities': shuffled foreign masks
 that do as well as the foreign mask. About 'it is made for its data': foreign masks that do as well
@@ -38,8 +39,8 @@ import torch
 import lth_diffusion as lth
 from lth_diffusion import Job
 from prune import density, random_masks
-from studies.common import (SMALL, Study, better_or_worse, checkpoint, fit, open_run, over_seeds,
-                            overlap, ticket_masks)
+from studies.common import (SMALL, Study, against, checkpoint, fit, open_run, overlap, rounded,
+                            ticket_masks)
 from support import charts, cli
 from support.words import counted, seeds_of
 from unet import PRESETS, Downsample, ResBlock
@@ -54,7 +55,11 @@ ALIKE = "preset", "rounds", "prune_rate", "schedule", "prediction"  # in two run
 SOURCE, TARGETS = 2, (3, 1)  # residual blocks per level
 DEPTH_RUN = [*SMALL, "--controls"]  # no controls
 SEEDS = ["--seeds", "10", "11", "12"]
-MARGIN = 0.1  # of the own ticket
+FOREIGN, ELASTIC = "foreign ticket", "elastic ticket"
+SHUFFLED = {"foreign mask": "foreign mask, shuffled",  # as many weights in every layer
+            ELASTIC: "elastic weights, shuffled mask"}
+PAIRED = ["way", "metric", "network", "against", "seeds", "mean", "other mean", "difference", "low",
+          "high", "answer"]
 
 
 # --------------------------------------------------------------------------- elastic tickets
@@ -149,20 +154,20 @@ def foreign(a, b, seed):
     """Networks that train on b's data with the ticket of a."""
     masks = ticket_masks(a, seed)
     yield "foreign mask", b.new_model(seed), masks, checkpoint(b, seed)
-    yield "foreign ticket", b.new_model(seed), masks, checkpoint(a, seed)
+    yield FOREIGN, b.new_model(seed), masks, checkpoint(a, seed)
     moved = shuffled(masks, seed)
-    yield "foreign mask, shuffled", b.new_model(seed), moved, checkpoint(b, seed)
+    yield SHUFFLED["foreign mask"], b.new_model(seed), moved, checkpoint(b, seed)
 
 
 def stretched(a, b, seed):
     """Networks of b's depth with the ticket of a."""
     model, old_masks = b.new_model(seed), ticket_masks(a, seed)
     state, masks = elastic(a.new_model(seed), checkpoint(a, seed), old_masks, model)
-    yield "elastic ticket", model, masks, state
+    yield ELASTIC, model, masks, state
     new = b.new_model(lth.REINIT_SEED + seed)
     yield "elastic mask, new init", new, masks, None
     moved = shuffled(masks, seed)
-    yield "elastic weights, shuffled mask", b.new_model(seed), moved, state
+    yield SHUFFLED[ELASTIC], b.new_model(seed), moved, state
 
 
 # --------------------------------------------------------------------------- the two studies
@@ -209,9 +214,7 @@ def across_data(study, args):
         networks = foreign(exp_b, exp_a, seed)
         table += compare(exp_a, seed, f"{b} to {a}", networks)
     path = os.path.join(args.out, f"transfer_data_{a}_{b}")
-    study.save(path, Row._fields, table, exp_a.device, k=exp_a.k,
-               overlap_over_chance=ratios)
-    finish(table, path, "Tickets of another data set")
+    finish(study, path, table, FOREIGN, exp_a, overlap_over_chance=ratios)
     for kind, values in ratios.items():
         if values:
             print(f"Masks of {kind} overlap {np.mean(values):.2f} times as much as "
@@ -237,48 +240,55 @@ def across_depth(study, args):
             networks = stretched(made[SOURCE], target, seed)
             table += compare(target, seed, way, networks)
     path = os.path.join(args.out, f"transfer_depth_{flags.dataset}")
-    study.save(path, Row._fields, table, target.device, k=target.k)
-    finish(table, path, "Elastic tickets: stretched and squeezed")
+    finish(study, path, table, ELASTIC, target)
 
 
-def finish(table, path, title):
-    """Draw the picture; print the table and what it shows."""
-    print("", charts.text_table(Row._fields, table), "", sep="\n")
+def finish(study, path, table, asked, exp, **facts):
+    """Save tables and picture of the networks, of which `asked` is in question; print them."""
+    pairs = list(paired(table))
+    for name, header, rows in (path, Row._fields, table), (path + "_paired", PAIRED, pairs):
+        study.save(name, header, rows, exp.device, k=exp.k, **facts)
+    draw(table, title_of(pairs, asked), path + ".png")
+    print("", charts.text_table(Row._fields, rounded(table)), "",
+          charts.text_table(PAIRED, rounded(pairs)), "", f"{path}*.csv, .json, .png", sep="\n")
+
+
+def paired(table):
+    """Rows of PAIRED: every network against the own ticket, and masks against shuffled ones."""
+    for way in cli.once(row.way for row in table):
+        for metric, margin in lth.MARGINS.items():
+            values = {}
+            for row in table:
+                if row.way == way:
+                    values.setdefault(row.network, {})[row.seed] = getattr(row, metric)
+            pairs = [(network, OWN) for network in values if network != OWN]
+            for network, other in [*pairs, *SHUFFLED.items()]:
+                if {network, other} <= set(values):
+                    found = against(values[network], values[other], margin)
+                    yield [way, metric, network, other, *found]
+
+
+def title_of(pairs, asked):
+    """How the network in question compares with the own ticket by fid_domain, either way."""
+    said = [f"{row[-1]} ({row[0]})" for row in pairs if row[1:4] == ["fid_domain", asked, OWN]]
+    return f"{asked.capitalize()} against own ticket: {', '.join(said)}"
+
+
+def draw(table, title, path):
+    """fid_domain by network, a series for each way."""
     networks, series = cli.once(row.network for row in table), []
     for way in cli.once(row.way for row in table):
-        fids = {network: {} for network in networks}
-        for row in table:
-            if row.way == way:
-                fids[row.network][row.seed] = row.fid_domain
-        dots = [[*group.values()] for group in fids.values()]
+        dots = [[row.fid_domain for row in table if (row.way, row.network) == (way, network)]
+                for network in networks]
         y = [np.mean(group) if group else np.nan for group in dots]
         line = dict(label=way, x=range(len(y)), y=y, style="points")
-        series.append(line | dict(dots=dots if len(fids[OWN]) > 1 else ()))
-        print(conclude(way, fids))
+        series.append(line | dict(dots=dots if max(map(len, dots)) > 1 else ()))
     ticks = [name.replace(" ", "\n") for name in networks]
     n = " or ".join(cli.once(f"{row.n_samples:,}" for row in table))
     seeds = seeds_of(cli.once(row.seed for row in table))
     charts.line_chart(
-        series, path + ".png", title, "", "fid_domain (lower is better)",
-        x_ticks=[*enumerate(ticks)],
+        series, path, title, "", "fid_domain (lower is better)", x_ticks=[*enumerate(ticks)],
         note=f"FID from {n} samples; {seeds}. Compare marks of one shape.")
-    print(f"{path}.csv, .json, .png")
-
-
-def conclude(way, fids):
-    """How far each network is from the own ticket in fid_domain, paired by seed."""
-    own, parts = fids[OWN], []
-    for network, group in fids.items():
-        if group and network != OWN:
-            gaps = [group[seed] - own[seed] for seed in group]
-            gap, low, high = found = over_seeds(gaps)
-            said = better_or_worse(found, MARGIN * float(np.mean([*own.values()])))
-            ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}], {said}"
-            parts.append(f"{network} {gap:+.2f}{ends}")
-    rule = "90 % intervals" if len(own) > 2 else "no verdict"
-    mean = np.mean([*own.values()])
-    return (f"{way}: own ticket {mean:.2f}; differences from it: {'; '.join(parts)} "
-            f"(fid_domain, {counted(len(own), 'seed')}, {rule}).")
 
 
 def main(argv=None):

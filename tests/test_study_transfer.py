@@ -123,13 +123,18 @@ def test_shuffled_keeps_the_layers():
     assert torch.equal(moved["w"], random_masks(masks, torch.Generator().manual_seed(lth.MASK_SEED))["w"])
 
 
-def test_conclusions_are_paired_and_say_n():
-    fids = {transfer.OWN: {0: 0, 1: 10, 2: 20}, "foreign mask": {0: 2, 1: 12, 2: 22}, "dense": {}}
-    said = transfer.conclude("A to B", fids)
-    assert "own ticket 10.00" in said and "foreign mask +2.00 [+2.00, +2.00], worse" in said
-    assert "3 seeds, 90 % intervals" in said
-    one = {network: {0: group[0]} for network, group in fids.items() if group}
-    assert "foreign mask +2.00 (" in (said := transfer.conclude("A to B", one)) and "no verdict" in said
+def test_networks_are_paired_with_the_own_ticket_and_masks_with_shuffled_ones():
+    values = {transfer.OWN: (90, 100, 110), "foreign mask": (110, 120, 130), "foreign mask, shuffled": (90, 100, 110),
+              transfer.FOREIGN: (90, 100, 110)}
+    table = [transfer.Row(seed, "A to B", network, 0.5, 8, value, 1.0, 8)
+             for network, three in values.items() for seed, value in enumerate(three)]
+    found = {tuple(row[1:4]): row[4:] for row in transfer.paired(table)}
+    assert len(found) == 8  # three against the own ticket and one against its shuffled mask, by two metrics
+    assert found["fid_domain", "foreign mask", transfer.OWN] == [3, 120, 100, 20, 20, 20, "worse"]
+    assert found["fid_domain", "foreign mask", "foreign mask, shuffled"][-1] == "worse"
+    assert found["val_loss", "foreign mask", transfer.OWN] == [3, 1, 1, 0, 0, 0, "as good"]
+    title = transfer.title_of(list(transfer.paired(table)), transfer.FOREIGN)
+    assert title == "Foreign ticket against own ticket: as good (A to B)"
 
 
 # --- the two studies
@@ -168,7 +173,8 @@ def test_across_data(pair, tmp_path, capsys):
     assert steps[back, "foreign mask, shuffled"] == steps[back, "own ticket"] == "6"
     pruned = [float(row["sparsity"]) for row in rows if "dense" not in row["network"]]
     assert pruned == pytest.approx([0.5] * len(pruned), abs=1e-3)
-    assert "1 seed, no verdict" in said and "Masks of one seed overlap" in said
+    answers = {row["answer"] for row in read(tmp_path / "transfer_data_global_layer_paired.csv")}
+    assert answers == {"no verdict"} and "Masks of one seed overlap" in said
     assert (tmp_path / "transfer_data_global_layer.png").stat().st_size > 5_000
 
 
@@ -177,7 +183,7 @@ def test_across_depth(tmp_path, capsys, monkeypatch):
     flags = [*MADE, "--seeds", "0", "--steps", "4", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
     transfer.main(flags)
     said, rows = capsys.readouterr().out, read(tmp_path / "transfer_depth_digits.csv")
-    assert "2 blocks to 3: own ticket" in said and "no verdict" in said
+    assert "2 blocks to 3" in said and "no verdict" in said
     assert [row["way"] for row in rows] == ["2 blocks to 3"] * 5 + ["2 blocks to 1"] * 5
     for row in rows:
         k = 0 if row["network"] in ("dense", "elastic mask, new init") else 1
