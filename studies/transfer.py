@@ -1,20 +1,11 @@
-"""Do tickets transfer to another data set, or to a network of another depth?
+"""Do tickets transfer to another data set?
 
-    python -m studies.transfer --from runs/A runs/B    # data sets: two runs of one --preset
-    python -m studies.transfer                         # depth, on drawn digits, three seeds
-    python -m studies.transfer --dataset mnist --steps 560
+    python -m studies.transfer --from runs/A runs/B     # two runs of one --preset
 
-Data sets, both ways. The ticket of A trains on the images of B as B's own ticket does, from step k.
-Compared on B: its own ticket and controls, the mask of A on the state of B at step k, the mask and
-state of A (the foreign ticket), and the mask of A shuffled within each layer, which keeps only the
-layer densities. Runs of one seed share theta_0, so a place in the network means the same in both.
-
-Depth. Elastic tickets (Chen et al., The Elastic Lottery Ticket Hypothesis, 2021, 2103.16547) for a
-U-Net: from 2 residual blocks per level to 3 and to 1. A unit is a block on the way down with the
-block on the way up that reads it through a skip connection. Units are copied, state at step k and
-mask together, to places of equal shapes: B1 B1 B2 where there are more places than units, the first
-units where there are fewer. All other layers are copied one to one, so the density changes a
-little. Other flags go to lth_diffusion.py, which makes these runs.
+Both ways: the ticket of A trains on the images of B as B's own ticket does, from step k. Compared
+on B: its own ticket and controls, the mask of A on the state of B at step k, the mask and state of
+A (the foreign ticket), and the mask of A shuffled within each layer, which keeps only the layer
+densities. Runs of one seed share theta_0, so a place in the network means the same in both.
 
 Differences are paired by seed, intervals 90 %. Margins, fixed before the run: a network is as good
 as another if the interval lies within 10 % of that one's fid_domain, or 3 % of its val_loss, worse
@@ -39,89 +30,21 @@ import torch
 import lth_diffusion as lth
 from lth_diffusion import Job
 from prune import density, random_masks
-from studies.common import (SMALL, Study, against, checkpoint, fit, open_run, overlap, rounded,
+from studies.common import (Study, against, checkpoint, fit, open_run, overlap, rounded,
                             ticket_masks)
 from support import charts, cli
 from support.words import counted, seeds_of
-from unet import PRESETS, Downsample, ResBlock
 
 FIGURES = "sparsity", "steps", "fid_domain", "val_loss", "n_samples"
 Row = collections.namedtuple("Row", ["seed", "way", "network", *FIGURES])  # way: "A to B"
-OWN = "own ticket"
+OWN, FOREIGN = "own ticket", "foreign ticket"
 ARMS = {OWN: "ticket", "own mask, shuffled": "random",
         "own mask, new init": "reinit",
         "dense": "dense"}  # of the target's run
+SHUFFLED = {"foreign mask": "foreign mask, shuffled"}  # as many weights in every layer
 ALIKE = "preset", "rounds", "prune_rate", "schedule", "prediction"  # in two runs
-SOURCE, TARGETS = 2, (3, 1)  # residual blocks per level
-DEPTH_RUN = [*SMALL, "--controls"]  # no controls
-SEEDS = ["--seeds", "10", "11", "12"]
-FOREIGN, ELASTIC = "foreign ticket", "elastic ticket"
-SHUFFLED = {"foreign mask": "foreign mask, shuffled",  # as many weights in every layer
-            ELASTIC: "elastic weights, shuffled mask"}
 PAIRED = ["way", "metric", "network", "against", "seeds", "mean", "other mean", "difference", "low",
           "high", "answer"]
-
-
-# --------------------------------------------------------------------------- elastic tickets
-
-def partners(model):
-    """{block on the way up: the layer whose output it reads as its skip}, as in UNet.forward."""
-    stack, found = ["conv_in"], {}
-    for name, module in model.named_modules():
-        if name.startswith("down") and isinstance(module, (ResBlock, Downsample)):
-            stack.append(name)
-        if name.startswith("up") and isinstance(module, ResBlock):
-            found[name] = stack.pop()
-    return found
-
-
-def units(model):
-    """{(level, or layer that is read; shapes): [unit, ...]}, in the order of the way down.
-
-    A unit is (block down, block up), or (block up,) where that reads no block's output.
-    """
-    modules, found = dict(model.named_modules()), {}
-    for up, read in reversed(partners(model).items()):
-        paired = isinstance(modules[read], ResBlock)
-        unit, shapes = (read, up) if paired else (up,), []
-        for name in unit:
-            shapes += [tuple(p.shape) for p in modules[name].parameters()]
-        place = read.split(".")[1] if paired else read
-        found.setdefault((place, *shapes), []).append(unit)
-    return found
-
-
-def block_map(source, target):
-    """{block of target: block of source}. ValueError where no unit of the source fits a place."""
-    there, found = units(source), {}
-    for key, places in units(target).items():
-        if key not in there:
-            place = " and ".join(places[0])
-            raise ValueError(f"no unit of the source fits {place} of the target")
-        n = len(there[key])
-        for q, place in enumerate(places):
-            unit = there[key][q * n // max(n, len(places))]
-            found |= zip(place, unit)
-    return found
-
-
-def elastic(source, state, masks, target):
-    """(training state, masks) of the network `target` from those of `source`, place by place:
-    weights, their average and the optimizer's moments."""
-    blocks, origin = block_map(source, target), {}
-    for name, _ in target.named_parameters():
-        block = ".".join(name.split(".")[:4])
-        origin[name] = blocks.get(block, block) + name[len(block):]
-    new = dict(state)
-    for part in "model", "ema":
-        new[part] = {name: state[part][old] for name, old in origin.items()}
-    number = {name: i for i, (name, _) in enumerate(source.named_parameters())}
-    moments, groups = state["optimizer"]["state"], state["optimizer"]["param_groups"]
-    copied = {i: moments[number[old]] for i, old in enumerate(origin.values()) if moments}
-    groups = [groups[0] | dict(params=list(range(len(origin))))]
-    new["optimizer"] = dict(state=copied, param_groups=groups)
-    new_masks = {name: masks[old].clone() for name, old in origin.items() if old in masks}
-    return new, new_masks
 
 
 # --------------------------------------------------------------------------- what is trained
@@ -159,18 +82,58 @@ def foreign(a, b, seed):
     yield SHUFFLED["foreign mask"], b.new_model(seed), moved, checkpoint(b, seed)
 
 
-def stretched(a, b, seed):
-    """Networks of b's depth with the ticket of a."""
-    model, old_masks = b.new_model(seed), ticket_masks(a, seed)
-    state, masks = elastic(a.new_model(seed), checkpoint(a, seed), old_masks, model)
-    yield ELASTIC, model, masks, state
-    new = b.new_model(lth.REINIT_SEED + seed)
-    yield "elastic mask, new init", new, masks, None
-    moved = shuffled(masks, seed)
-    yield SHUFFLED[ELASTIC], b.new_model(seed), moved, state
+# --------------------------------------------------------------------------- what it shows
+
+def finish(study, path, table, asked, masks, exp, **facts):
+    """Save tables and picture of the networks, of which `asked` is in question; print them."""
+    pairs = list(paired(table, masks))
+    for name, header, rows in (path, Row._fields, table), (path + "_paired", PAIRED, pairs):
+        study.save(name, header, rows, exp.device, k=exp.k, **facts)
+    draw(table, title_of(pairs, asked), path + ".png")
+    print("", charts.text_table(Row._fields, rounded(table)), "",
+          charts.text_table(PAIRED, rounded(pairs)), "", f"{path}*.csv, .json, .png", sep="\n")
 
 
-# --------------------------------------------------------------------------- the two studies
+def paired(table, masks):
+    """Rows of PAIRED: every network against the own ticket; masks: {network: the same with its mask
+    shuffled}, which are compared too."""
+    for way in cli.once(row.way for row in table):
+        for metric, margin in lth.MARGINS.items():
+            values = {}
+            for row in table:
+                if row.way == way:
+                    values.setdefault(row.network, {})[row.seed] = getattr(row, metric)
+            pairs = [(network, OWN) for network in values if network != OWN]
+            for network, other in [*pairs, *masks.items()]:
+                if {network, other} <= set(values):
+                    found = against(values[network], values[other], margin)
+                    yield [way, metric, network, other, *found]
+
+
+def title_of(pairs, asked):
+    """How the network in question compares with the own ticket by fid_domain, either way."""
+    said = [f"{row[-1]} ({row[0]})" for row in pairs if row[1:4] == ["fid_domain", asked, OWN]]
+    return f"{asked.capitalize()} against own ticket: {', '.join(said)}"
+
+
+def draw(table, title, path):
+    """fid_domain by network, a series for each way."""
+    networks, series = cli.once(row.network for row in table), []
+    for way in cli.once(row.way for row in table):
+        dots = [[row.fid_domain for row in table if (row.way, row.network) == (way, network)]
+                for network in networks]
+        y = [np.mean(group) if group else np.nan for group in dots]
+        line = dict(label=way, x=range(len(y)), y=y, style="points")
+        series.append(line | dict(dots=dots if max(map(len, dots)) > 1 else ()))
+    ticks = [name.replace(" ", "\n") for name in networks]
+    n = " or ".join(cli.once(f"{row.n_samples:,}" for row in table))
+    seeds = seeds_of(cli.once(row.seed for row in table))
+    charts.line_chart(
+        series, path, title, "", "fid_domain (lower is better)", x_ticks=[*enumerate(ticks)],
+        note=f"FID from {n} samples; {seeds}. Compare marks of one shape.")
+
+
+# --------------------------------------------------------------------------- the study
 
 def open_pair(folders):
     """{name: experiment} of two runs, and the seeds whose tickets both have."""
@@ -203,106 +166,26 @@ def overlaps(a, b, seeds):
     return ratios
 
 
-def across_data(study, args):
-    """The study of two data sets."""
-    found, seeds = open_pair(args.pair)
-    (a, exp_a), (b, exp_b) = found.items()
-    ratios, table = overlaps(exp_a, exp_b, seeds), []
-    for seed in seeds:
-        networks = foreign(exp_a, exp_b, seed)
-        table += compare(exp_b, seed, f"{a} to {b}", networks)
-        networks = foreign(exp_b, exp_a, seed)
-        table += compare(exp_a, seed, f"{b} to {a}", networks)
-    path = os.path.join(args.out, f"transfer_data_{a}_{b}")
-    finish(study, path, table, FOREIGN, exp_a, overlap_over_chance=ratios)
-    for kind, values in ratios.items():
-        if values:
-            print(f"Masks of {kind} overlap {np.mean(values):.2f} times as much as "
-                  f"random masks ({counted(len(values), 'pair')}).")
-
-
-def across_depth(study, args):
-    """The study of two other depths."""
-    made, table = {}, []
-    for blocks in SOURCE, *TARGETS:
-        preset = f"tiny-{blocks}-blocks"
-        PRESETS[preset] = PRESETS["tiny"] | dict(blocks=blocks)
-        seeds = [] if any(flag.startswith("--seeds") for flag in args.rest) else SEEDS
-        given = [*DEPTH_RUN, *seeds, *args.rest, "--preset", preset]
-        flags, parser = lth.parse_args(given)
-        seeds = list(flags.seeds)  # a run adds those of its folder
-        name = f"transfer_{flags.dataset}_{flags.steps}_{blocks}_blocks"
-        flags.out = os.path.join(args.runs, name)
-        made[blocks] = lth.run(flags, parser)
-    for blocks in TARGETS:
-        target, way = made[blocks], f"{SOURCE} blocks to {blocks}"
-        for seed in seeds:
-            networks = stretched(made[SOURCE], target, seed)
-            table += compare(target, seed, way, networks)
-    path = os.path.join(args.out, f"transfer_depth_{flags.dataset}")
-    finish(study, path, table, ELASTIC, target)
-
-
-def finish(study, path, table, asked, exp, **facts):
-    """Save tables and picture of the networks, of which `asked` is in question; print them."""
-    pairs = list(paired(table))
-    for name, header, rows in (path, Row._fields, table), (path + "_paired", PAIRED, pairs):
-        study.save(name, header, rows, exp.device, k=exp.k, **facts)
-    draw(table, title_of(pairs, asked), path + ".png")
-    print("", charts.text_table(Row._fields, rounded(table)), "",
-          charts.text_table(PAIRED, rounded(pairs)), "", f"{path}*.csv, .json, .png", sep="\n")
-
-
-def paired(table):
-    """Rows of PAIRED: every network against the own ticket, and masks against shuffled ones."""
-    for way in cli.once(row.way for row in table):
-        for metric, margin in lth.MARGINS.items():
-            values = {}
-            for row in table:
-                if row.way == way:
-                    values.setdefault(row.network, {})[row.seed] = getattr(row, metric)
-            pairs = [(network, OWN) for network in values if network != OWN]
-            for network, other in [*pairs, *SHUFFLED.items()]:
-                if {network, other} <= set(values):
-                    found = against(values[network], values[other], margin)
-                    yield [way, metric, network, other, *found]
-
-
-def title_of(pairs, asked):
-    """How the network in question compares with the own ticket by fid_domain, either way."""
-    said = [f"{row[-1]} ({row[0]})" for row in pairs if row[1:4] == ["fid_domain", asked, OWN]]
-    return f"{asked.capitalize()} against own ticket: {', '.join(said)}"
-
-
-def draw(table, title, path):
-    """fid_domain by network, a series for each way."""
-    networks, series = cli.once(row.network for row in table), []
-    for way in cli.once(row.way for row in table):
-        dots = [[row.fid_domain for row in table if (row.way, row.network) == (way, network)]
-                for network in networks]
-        y = [np.mean(group) if group else np.nan for group in dots]
-        line = dict(label=way, x=range(len(y)), y=y, style="points")
-        series.append(line | dict(dots=dots if max(map(len, dots)) > 1 else ()))
-    ticks = [name.replace(" ", "\n") for name in networks]
-    n = " or ".join(cli.once(f"{row.n_samples:,}" for row in table))
-    seeds = seeds_of(cli.once(row.seed for row in table))
-    charts.line_chart(
-        series, path, title, "", "fid_domain (lower is better)", x_ticks=[*enumerate(ticks)],
-        note=f"FID from {n} samples; {seeds}. Compare marks of one shape.")
-
-
 def main(argv=None):
     """The command line."""
     study = Study("studies.transfer", __doc__)
-    add = study.add_argument
-    add("--from", dest="pair", nargs=2, type=cli.path, metavar="runs/NAME",
-        help="two finished runs (default: the study of depth)")
-    add("--runs", default="runs", type=cli.path,
-        help="folder of the runs on depth (default: runs)")
-    with study.arguments(argv, ("--preset",)) as args:
-        if args.pair and args.rest:
-            study.error(f"unrecognized arguments: {' '.join(args.rest)}")
-        (across_data if args.pair else across_depth)(study, args)
+    study.add_argument("--from", dest="pair", nargs=2, type=cli.path, metavar="runs/NAME",
+                       required=True, help="two finished runs of lth_diffusion.py")
+    with study.arguments(argv) as args:
+        found, seeds = open_pair(args.pair)
+        (a, exp_a), (b, exp_b) = found.items()
+        ratios, table = overlaps(exp_a, exp_b, seeds), []
+        for seed in seeds:
+            networks = foreign(exp_a, exp_b, seed)
+            table += compare(exp_b, seed, f"{a} to {b}", networks)
+            networks = foreign(exp_b, exp_a, seed)
+            table += compare(exp_a, seed, f"{b} to {a}", networks)
+        path = os.path.join(args.out, f"transfer_{a}_{b}")
+        finish(study, path, table, FOREIGN, SHUFFLED, exp_a, overlap_over_chance=ratios)
+        for kind, values in ratios.items():
+            if values:
+                print(f"Masks of {kind} overlap {np.mean(values):.2f} times as much as "
+                      f"random masks ({counted(len(values), 'pair')}).")
 
 
 if __name__ == "__main__":
