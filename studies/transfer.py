@@ -41,7 +41,7 @@ OWN, FOREIGN = "own ticket", "foreign ticket"
 ARMS = {OWN: "ticket", "own mask, shuffled": "random",
         "own mask, new init": "reinit",
         "dense": "dense"}  # of the target's run
-SHUFFLED = {"foreign mask": "foreign mask, shuffled"}  # as many weights in every layer
+SHUFFLED = "foreign mask, shuffled"  # as many weights in every layer
 ALIKE = "preset", "rounds", "prune_rate", "schedule", "prediction"  # in two runs
 PAIRED = ["way", "metric", "network", "against", "seeds", "mean", "other mean", "difference", "low",
           "high", "answer"]
@@ -79,14 +79,14 @@ def foreign(a, b, seed):
     yield "foreign mask", b.new_model(seed), masks, checkpoint(b, seed)
     yield FOREIGN, b.new_model(seed), masks, checkpoint(a, seed)
     moved = shuffled(masks, seed)
-    yield SHUFFLED["foreign mask"], b.new_model(seed), moved, checkpoint(b, seed)
+    yield SHUFFLED, b.new_model(seed), moved, checkpoint(b, seed)
 
 
 # --------------------------------------------------------------------------- what it shows
 
-def finish(study, path, table, asked, masks, exp, **facts):
+def finish(study, path, table, asked, others, exp, **facts):
     """Save tables and picture of the networks, of which `asked` is in question; print them."""
-    pairs = list(paired(table, masks))
+    pairs = list(paired(table, [(asked, "dense"), *others]))
     for name, header, rows in (path, Row._fields, table), (path + "_paired", PAIRED, pairs):
         study.save(name, header, rows, exp.device, k=exp.k, **facts)
     draw(table, title_of(pairs, asked), path + ".png")
@@ -94,9 +94,8 @@ def finish(study, path, table, asked, masks, exp, **facts):
           charts.text_table(PAIRED, rounded(pairs)), "", f"{path}*.csv, .json, .png", sep="\n")
 
 
-def paired(table, masks):
-    """Rows of PAIRED: every network against the own ticket; masks: {network: the same with its mask
-    shuffled}, which are compared too."""
+def paired(table, others):
+    """Rows of PAIRED: every network against the own ticket; others: further pairs of networks."""
     for way in cli.once(row.way for row in table):
         for metric, margin in lth.MARGINS.items():
             values = {}
@@ -104,7 +103,7 @@ def paired(table, masks):
                 if row.way == way:
                     values.setdefault(row.network, {})[row.seed] = getattr(row, metric)
             pairs = [(network, OWN) for network in values if network != OWN]
-            for network, other in [*pairs, *masks.items()]:
+            for network, other in [*pairs, *others]:
                 if {network, other} <= set(values):
                     found = against(values[network], values[other], margin)
                     yield [way, metric, network, other, *found]
@@ -181,7 +180,8 @@ def main(argv=None):
             networks = foreign(exp_b, exp_a, seed)
             table += compare(exp_a, seed, f"{b} to {a}", networks)
         path = os.path.join(args.out, f"transfer_{a}_{b}")
-        finish(study, path, table, FOREIGN, SHUFFLED, exp_a, overlap_over_chance=ratios)
+        masks = [("foreign mask", SHUFFLED)]
+        finish(study, path, table, FOREIGN, masks, exp_a, overlap_over_chance=ratios)
         for kind, values in ratios.items():
             if values:
                 print(f"Masks of {kind} overlap {np.mean(values):.2f} times as much as "

@@ -32,7 +32,7 @@ SOURCE, TARGETS = 2, (3, 1)  # residual blocks per level
 DEPTH_RUN = [*SMALL, "--controls"]  # no controls
 SEEDS = ["--seeds", "10", "11", "12"]
 ELASTIC = "elastic ticket"
-SHUFFLED = {ELASTIC: "elastic weights, shuffled mask"}
+SHUFFLED = "elastic weights, shuffled mask"
 
 
 # --------------------------------------------------------------------------- elastic tickets
@@ -107,7 +107,7 @@ def stretched(a, b, seed):
     new = b.new_model(lth.REINIT_SEED + seed)
     yield "elastic mask, new init", new, masks, None
     moved = shuffled(masks, seed)
-    yield SHUFFLED[ELASTIC], b.new_model(seed), moved, state
+    yield SHUFFLED, b.new_model(seed), moved, state
 
 
 def main(argv=None):
@@ -133,7 +133,7 @@ def main(argv=None):
                 networks = stretched(made[SOURCE], target, seed)
                 table += compare(target, seed, way, networks)
         path = os.path.join(args.out, f"transfer_depth_{flags.dataset}")
-        finish(study, path, table, ELASTIC, SHUFFLED, target)
+        finish(study, path, table, ELASTIC, [(ELASTIC, SHUFFLED)], target)
 
 
 if __name__ == "__main__":

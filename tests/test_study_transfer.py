@@ -32,12 +32,13 @@ def test_networks_are_paired_with_the_own_ticket_and_masks_with_shuffled_ones():
               transfer.FOREIGN: (90, 100, 110)}
     table = [transfer.Row(seed, "A to B", network, 0.5, 8, value, 1.0, 8)
              for network, three in values.items() for seed, value in enumerate(three)]
-    found = {tuple(row[1:4]): row[4:] for row in transfer.paired(table, transfer.SHUFFLED)}
-    assert len(found) == 8  # three against the own ticket and one against its shuffled mask, by two metrics
+    pairs = list(transfer.paired(table, [("foreign mask", transfer.SHUFFLED), (transfer.FOREIGN, "dense")]))
+    found = {tuple(row[1:4]): row[4:] for row in pairs}
+    assert len(found) == 8  # by two metrics: three against the own ticket, one against its shuffled mask; there is no dense
     assert found["fid_domain", "foreign mask", transfer.OWN] == [3, 120, 100, 20, 20, 20, "worse"]
     assert found["fid_domain", "foreign mask", "foreign mask, shuffled"][-1] == "worse"
     assert found["val_loss", "foreign mask", transfer.OWN] == [3, 1, 1, 0, 0, 0, "as good"]
-    title = transfer.title_of(list(transfer.paired(table, transfer.SHUFFLED)), transfer.FOREIGN)
+    title = transfer.title_of(pairs, transfer.FOREIGN)
     assert title == "Foreign ticket against own ticket: as good (A to B)"
 
 
