@@ -307,9 +307,9 @@ def slope(values):
 # --------------------------------------------------------------------------- figures of masks
 
 def images_to_pay_back(steps, training, saved):
-    """After how many samples, of which each saves `saved` live multiply-accumulates, a search is
-    paid for that took `steps` times the steps of dense, which cost `training`. Every step costs as
-    much as one of dense: hardware that skips zeros in sampling need not do so in training."""
+    """Samples after which a search has paid for itself. steps: training steps that it took, over
+    those of dense; training: multiply-accumulates of training dense; saved: live ones that a sample
+    saves. A step costs what one of dense does: zeros are skipped in sampling, not in training."""
     return max(steps - 1, 0) * training / saved
 
 

@@ -160,7 +160,7 @@ def summarise(found):
 
 
 def pay_back(table, nfe):
-    """Fill PAID in for tickets: images_to_pay_back, drawn with nfe evaluations each."""
+    """Fill PAID in for tickets, for images drawn with nfe evaluations each."""
     dense = next(line for line in table if line["method"] == "dense")
     for line in table:
         saved = nfe * (dense["macs_live"] - line["macs_live"])

@@ -11,7 +11,7 @@ Differences are paired by seed, intervals 90 %. Margins, fixed before the run: a
 as another if the interval lies within 10 % of that one's fid_domain, or 3 % of its val_loss, worse
 if beyond. Dense networks and new initialisations train from step 0, the others go on from step k
 with their optimizer. Each data set has its own feature extractor: compare fid_domain within a
-target.
+target. The comparison with dense was added after the first tables had been seen: it is exploratory.
 
 What would change our mind about 'a ticket is more than its layer densities': shuffled foreign masks
 that do as well as the foreign mask. About 'it is made for its data': foreign masks that do as well
