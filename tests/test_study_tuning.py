@@ -37,6 +37,26 @@ def test_tuning(quick, tmp_path, capsys):
     assert (tmp_path / "tuning_digits.png").stat().st_size > 5_000
 
 
+def test_the_rounds_alone(quick, tmp_path, capsys):
+    tuning.main(["--parts", "rounds", "--runs", str(tmp_path), "--out", str(tmp_path), *SMALL])
+    with open(tmp_path / "tuning_digits_rounds.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["setting"] for row in rows[::4]] == ["1 round", "2 rounds"]
+    said = capsys.readouterr().out
+    assert "Winning in 0 of 2 settings.\n" in said and "own best rate" not in said
+    tickets = [float(row["fid_domain"]) for row in rows if row["arm"] == "ticket"]
+    assert f"1 seed: 2 rounds {tickets[1]:.2f}, 1 round {tickets[0]:.2f}; " in said
+
+
+def test_a_ticket_is_compared_with_that_of_the_fewest_rounds():
+    arms = {arm: near(9) for arm in tuning.ARMS}
+    table = table_of({("rounds", "2 rounds"): arms, ("rounds", "10 rounds"): arms | dict(ticket=near(8))})
+    [said] = tuning.against_fewest(table)
+    assert said == ("fid_domain of the ticket, 3 seeds: 10 rounds 8.00, 2 rounds 9.00; "
+                    "-1.00 [-1.00, -1.00]: better")
+    assert list(tuning.against_fewest(table_of({("rates", "1 x rate"): arms}))) == []
+
+
 def table_of(values):
     """Rows of the table from {(part, setting): {arm: values over seeds}}."""
     return [dict(zip(tuning.HEADER, [part, name, seed, arm, 0, 2, value / 100, value]))
@@ -60,7 +80,7 @@ def test_every_arm_has_its_own_best_rate():
     low["reinit"] = near(8)
     answers = {row[1]: row[8] for row in tuning.summarise(table_of({("rates", "1 x rate"): low}))}
     assert {name for name, answer in answers.items() if answer == "winning"} == {"1 x rate", tuning.OWN}
-    assert answers["4 x rate"] == answers["5 rounds"] == "no verdict"  # nothing of them is there
+    assert answers["4 x rate"] == answers["0.25 x rate"] == "no verdict"  # nothing of them is there
 
 
 def test_what_diverged_has_no_verdict():
@@ -68,7 +88,7 @@ def test_what_diverged_has_no_verdict():
     broken = whole | dict(reinit=[], random=[])
     summary = list(tuning.summarise(table_of({("rates", "1 x rate"): whole, ("rates", "4 x rate"): broken})))
     assert {row[1]: row[8] for row in summary}["4 x rate"] == "no verdict"
-    assert "0 of 4 settings; with each arm at its own best rate: not shown" in tuning.conclude(summary)
+    assert "0 of 3 settings; with each arm at its own best rate: not shown" in tuning.conclude(summary)
 
 
 def test_a_run_that_diverges_leaves_what_is_done(quick, tmp_path):
