@@ -93,9 +93,8 @@ def controls(exp, job, masks, dense, pruned, after=None):
         state = rewind(model, shuffled, dense.checkpoint)
         yield "random", model, shuffled, dict(state=state, after=after)
     if "finetune" in arms:  # the trained weights kept: does going back matter?
-        model, low = copy.deepcopy(pruned.model), exp.finetuning(pruned.model, pruned.ema, masks)
-        low["after"] = max(after, pruned.spent)  # the later of mask and weights
-        yield "finetune", model, masks, low
+        model, late = copy.deepcopy(pruned.model), max(after, pruned.spent)
+        yield "finetune", model, masks, exp.finetuning(model, pruned.ema, masks) | dict(after=late)
     if "small" in arms:  # a narrower dense network of as many weights: does sparsity matter?
         yield "small", exp.narrower_model(job.seed, live_total(masks)), None, {}
 
@@ -350,7 +349,8 @@ def run(args, parser, find=find_tickets, plan=jobs, experiment=Experiment):
     claims.share_out_threads(args.workers)
     with runs.open_folder(args, parser, FREE, shared=True) as (guard, reasons):
         dense = [Job(seed, 0, "dense") for seed in args.seeds]
-        runs.take_over(args, [job.path("", end) for job in dense for end in (".pt", STEP_K)])
+        files = [job.path("", end) for job in dense for end in (".pt", STEP_K)]
+        runs.take_over(args, files, experiment.__name__)
         exp = experiment(args, guard)
         report.begin(exp, plan, parser.prog, MARGINS, FREE, reasons, train, denoiser)
         claims.work(find, exp, plan, parser)

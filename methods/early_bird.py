@@ -4,6 +4,7 @@ al., Drawing Early-Bird Tickets, 2020, 1909.11957; for diffusion: Whalen et al.,
 
     train the dense network; every 2 % of the steps, draw the mask that one cut would leave now
     once it is near each of the five masks before: prune, and train on from there, not going back
+    its control, a random mask, goes on from there too
 
     python -m methods.early_bird --dataset mnist --control-rounds 3 7 10
 
@@ -23,11 +24,13 @@ from collections import deque
 from ddpm import train
 from lth_diffusion import Job, make_parser, parse_args, run
 from methods.oneshot import compare, cut_at, jobs
-from prune import dense_masks, density, prune_magnitude, rewind
+from prune import dense_masks, density, prune_magnitude, ramp_rates, rewind
+from support import runs
 
 EVERY = 0.02  # of the steps: how often a mask is drawn
 BEFORE, NEAR = 5, 0.1  # masks that the new one must be near to (1909.11957: five epochs, 0.1)
 LATEST = 0.5  # of the steps: here the search ends, settled or not
+SETTLED = ".settled.pt"  # the training state that a ticket starts from
 
 
 class Settled(Exception):
@@ -46,13 +49,14 @@ def search(args, exp, seed, follow=None):
     distances of each new mask of round r from those before it."""
     model, found, before = exp.new_model(seed), {}, {}
     every, latest = max(1, round(EVERY * args.steps)), round(LATEST * args.steps)
+    rates = ramp_rates(model, args.prune_rate) if args.scope == "ramp" else None
 
     def draw(step, get_state):
         if step == 0 or step % every:
             return
         for r in [r for r in args.control_rounds if r not in found]:
-            masks = prune_magnitude(model, dense_masks(model), cut_at(args, r), args.scope,
-                                    score=args.score)
+            masks = prune_magnitude(model, dense_masks(model), cut_at(args, r), args.scope, rates,
+                                    args.score)
             known = before.setdefault(r, deque(maxlen=BEFORE))
             distances = [distance(masks, one) for one in known]
             if follow:
@@ -86,11 +90,13 @@ def find_tickets(args, exp):
             if mine and not os.path.exists(job.path(args.out)):
                 found = found or search(args, exp, seed)
                 masks, state = found[r]
+                runs.save_state(job.path(args.out, SETTLED), **state)
                 after = state["step"], round(macs * state["step"] / steps)
                 options = dict(masks=masks, state=rewind(ticket, masks, state), after=after)
             ticket = exp.train(job, ticket, **options)
             at = ticket.row["train_steps_total"] - ticket.row["steps"]  # the mask settled here
-            compare(exp, job, ticket.masks, dense, dense, (at, round(macs * at / steps)))
+            start = dense._replace(checkpoint=runs.load_state(job.path(args.out, SETTLED)))
+            compare(exp, job, ticket.masks, start, dense, (at, round(macs * at / steps)))
 
 
 def main(argv=None):

@@ -4,6 +4,7 @@ Hypothesis, 2022, 2203.04248).
     draw a random mask, the same share of each layer
     transform: train the dense network while the weights outside the mask shrink to nothing
     cut them, and train the rest, from its transformed weights, with the mask fixed
+    the control `random mask`: another random mask on weights that were not transformed
 
     python -m methods.rst --dataset mnist
 """

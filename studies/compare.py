@@ -26,7 +26,7 @@ HEADER = ["run", "arm", "round", "sparsity", "seeds", "fid_domain", "sd", "val_l
 GAPS = ["sparsity", "run", "less", "seeds", "fid_domain", "low", "high"]
 LEGEND = ("sd: standard deviation over seeds. fid_domain in the second table: tickets of `run` "
           "minus those of `less`, seed by seed; low, high: 90 % interval, from three seeds on.")
-NEAR = 0.005  # sparsities closer than this are compared
+NEAR = 0.05  # sparsities are compared if the share left differs by less than this part of it
 
 
 def read(folder):
@@ -68,12 +68,17 @@ def summarise(name, rows):
         yield dict(zip(HEADER, [name, arm, number, *values, np.mean(steps)]))
 
 
+def alike(a, b):
+    """Whether two sparsities are the same but for rounding and the method's steps."""
+    return abs(a - b) < NEAR * (1 - min(a, b))
+
+
 def tickets(rows):
     """{sparsity: {seed: fid_domain}} of the tickets of a run."""
     found = {}
     for row in rows:
         if row["arm"] == "ticket":
-            near = [key for key in found if abs(key - float(row["sparsity"])) < NEAR]
+            near = [key for key in found if alike(key, float(row["sparsity"]))]
             key = near[0] if near else float(row["sparsity"])
             found.setdefault(key, {})[row["seed"]] = float(row["fid_domain"])
     return found
@@ -85,7 +90,7 @@ def differences(found):
     base = tickets(rows)
     for name, _, rows in others:
         for sparsity, values in tickets(rows).items():
-            for key in (key for key in base if abs(key - sparsity) < NEAR):
+            for key in (key for key in base if alike(key, sparsity)):
                 seeds = sorted(set(values) & set(base[key]))
                 if seeds:
                     gaps = [values[seed] - base[key][seed] for seed in seeds]

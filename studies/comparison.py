@@ -95,7 +95,8 @@ def run(name, flags, done):
     before.append(args.out)
     module.main([*flags, *own.split()])
     config = runs.read_config(args.out)["args"]  # with the seeds of earlier commands
-    return list(rows_of(argparse.Namespace(**config)).values())
+    rows = rows_of(argparse.Namespace(**config))
+    return [row for job, row in rows.items() if job.seed in args.seeds]
 
 
 def compare(args, common):
@@ -165,8 +166,10 @@ def pay_back(table, nfe):
     for line in table:
         saved = nfe * (dense["macs_live"] - line["macs_live"])
         if line["method"].removesuffix(LONG) in METHODS and saved > 0:
-            steps = line[STEPS] / dense[STEPS]
-            line[PAID] = images_to_pay_back(steps, dense["train_macs_total"], saved)
+            search = line[STEPS] / dense[STEPS]
+            if line["method"] == "channels":  # a smaller network: training is cheaper, too
+                search = line["train_macs_total"] / dense["train_macs_total"]
+            line[PAID] = images_to_pay_back(search, dense["train_macs_total"], saved)
     return table
 
 
@@ -228,7 +231,8 @@ def draw(table, number, path, note):
     best = next(name for name in order if name in METHODS and name in alike)
     title = f"At {imp[number]['pruned']} sparsity the lowest fid_domain is that of {best}"
     if any(line["method"].endswith(LONG) for line in table):
-        paid = {name: values[LONG] for name, values in cells.items() if LONG in values}
+        paid = {name: values[LONG] for name, values in cells.items()
+                if LONG in values and name in alike | {"dense"}}
         title += f", at equal cost that of {min(paid, key=paid.get)}"
     charts.heat_map(matrix, [names[name] for name in order], titles, path, title, note, log=True,
                     x_label="weights pruned", bar_label="lower is better")
@@ -275,6 +279,9 @@ def main(argv=None):
             if flag not in given and not (flag in pruning and pruning & given):
                 args.rest += [flag, *values.split()]
         common, _ = lth.parse_args(args.rest)  # a mistake in them ends here
+        if common.rounds not in common.control_rounds:
+            cli.refuse("control-rounds", f"the last round, {common.rounds}, is what is compared: "
+                       "add it")
         if set(common.seeds) & set(args.more_seeds):
             cli.refuse("more-seeds", "name none that --seeds names")
         args.runs = args.runs or f"runs/comparison_{common.dataset}"

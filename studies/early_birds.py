@@ -102,9 +102,10 @@ def paired(table):
 
 def title_of(settled, steps):
     """When the masks of all t were drawn, for the picture; settled: a step for each seed."""
-    every, latest = early_bird.EVERY * steps, early_bird.LATEST * steps
+    every, latest = max(1, round(early_bird.EVERY * steps)), round(early_bird.LATEST * steps)
     if all(step + every > latest for step in settled):
-        return f"No mask settles before step {settled[0]:,} of {steps:,}, where the search ends"
+        return (f"The search for masks ends, settled or not, at step {settled[0]:,} of "
+                f"{steps:,}")
     between = " to ".join(f"{step:,}" for step in sorted({min(settled), max(settled)}))
     return f"Masks are drawn after {between} of {steps:,} steps"
 

@@ -170,7 +170,7 @@ def finished_seeds(args, rows):
 
 def latent_run(args, seeds, parser):
     """The LatentExperiment with the flags of a run in pixels."""
-    changed = dict(out=os.path.normpath(args.out) + "_latent", seeds=seeds,
+    changed = dict(out=os.path.normpath(args.out) + "_latent", seeds=seeds, dense_from=None,
                    workers=1)  # helpers of a run know images alone
     settings = argparse.Namespace(**vars(args) | changed)
     return lth.run(settings, parser, experiment=LatentExperiment)
@@ -207,6 +207,8 @@ def title_of(verdicts, sparsity):
     """What the verdicts by fid_domain say, for the picture."""
     answers = {row[0]: row[VERDICTS.index("answer")] for row in verdicts if row[1] == "fid_domain"}
     won = [space for space, answer in answers.items() if answer == "winning"]
+    if set(answers.values()) == {"no verdict"}:
+        return "Latent and pixel space: fewer than three seeds, no verdict"
     if not won:
         return f"At {100 * sparsity:.0f} % sparsity tickets are shown to win in neither space"
     return f"At {100 * sparsity:.0f} % sparsity tickets win in {' and in '.join(won)} space"

@@ -40,7 +40,7 @@ import metrics
 from ddpm import as_input
 from lth_diffusion import Job
 from methods.cka import PROBE_SEED, block_similarity
-from prune import live_counts, prunable
+from prune import density, live_counts, prunable
 from studies.common import (Study, add_run_flag, checkpoint, density_by_block, fit,
                             open_run, over_seeds, overlap, rounded, slope)
 from support import charts, cli, runs
@@ -136,6 +136,11 @@ def tickets_of(exp, folders, seeds):
     for folder in set(folders) - {run for run, _ in found}:
         cli.refuse("beside", f"{folder} has no ticket of round {last} "
                    f"and {seeds_of(seeds)}")
+    left = {run: density(masks) for (run, _), masks in found.items()}
+    for folder, one in left.items():
+        if abs(one - left[folders[0]]) > 0.01:
+            cli.refuse("beside", f"{folder} keeps {one:.1%} of the weights in round {last}, "
+                       f"{folders[0]} {left[folders[0]]:.1%}: name runs of one sparsity")
     return found
 
 

@@ -222,12 +222,15 @@ def beyond_clean(arms, clean, seed):
     return arms["ticket"][seed] - (slope * clean["ticket"][seed] + start)
 
 
-def draw(table, path, note):
-    """The error under PGD against the budget: a line for each arm, dots for seeds; of the last
-    round that has controls."""
-    series = []
-    last = max((row["round"] for row in table if row["arm"] in ("reinit", "random")),
+def last_round(table):
+    """The last round that has controls, if one has; this one is drawn."""
+    return max((row["round"] for row in table if row["arm"] in ("reinit", "random")),
                default=max(row["round"] for row in table))
+
+
+def draw(table, path, note):
+    """The error under PGD against the budget: a line for each arm, dots for seeds."""
+    series, last = [], last_round(table)
     for arm in ARMS:
         found = [list(values_of(table, last, "PGD", f"{b:g}").get(arm, {}).values())
                  for b in BUDGETS]
@@ -273,11 +276,12 @@ def main(argv=None):
             print(f"{job}: done", flush=True)
         summary = list(summarise(table))
         study.save(path + "_summary", SUMMARY, summary, exp.device, times=TIMES)
-        seeds = len({row["seed"] for row in table})
+        seeds, last = len({row["seed"] for row in table}), last_round(table)
         draw(table, path + ".png",
              f"{exp.args.dataset}, PGD on one step, {table[0]['n']:,} held-out images at t = "
              f"{', '.join(map(str, TIMES))}; {counted(seeds, 'seed')}; tickets and controls of "
-             f"{100 * max(row['sparsity'] for row in table):.0f} % sparsity.")
+             f"{100 * max(row['sparsity'] for row in table if row['round'] == last):.0f} % "
+             "sparsity.")
     print(f"\n{charts.text_table(SUMMARY, rounded(summary))}\n"
           f"{path}.csv, _summary.csv, .json, .png")
 

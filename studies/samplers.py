@@ -101,11 +101,17 @@ def measure(exp, rows, jobs, n):
 
 
 def settings(diffusion):
-    """(sampler, evaluations) of STEPS that begin at noise with this noise schedule."""
+    """(sampler, evaluations) of STEPS that begin at noise with this noise schedule; Heun's only
+    where no two levels are the same step of the chain."""
     for sampler, counts in STEPS.items():
         for steps in counts:
             start = (steps - 1) * (diffusion.T // steps)
-            if sampler == "heun" or diffusion.alphas_bar[start] <= NOISE:
+            if sampler == "heun":
+                levels = heun_levels(diffusion, steps)
+                fits = len(set(levels)) == len(levels)
+            else:
+                fits = diffusion.alphas_bar[start] <= NOISE
+            if fits:
                 yield sampler, steps
 
 

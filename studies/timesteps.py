@@ -73,7 +73,10 @@ def tickets_of(exp, seed):
     last = exp.load(Job(seed, exp.args.rounds, "ticket"))
     even = prune_magnitude(dense, dense_masks(dense), last.row["sparsity"], exp.args.scope,
                            score=exp.args.score)
-    macs = macs_of(dense, even)
+    macs, whole = macs_of(dense, even), macs_of(dense, dense_masks(dense))
+    if max(SHARES.values()) * macs > whole:
+        cli.refuse("from", f"{exp.args.out}: its tickets keep {macs / whole:.0%} of the "
+                   "multiply-accumulates; name a run of sparser ones, at most two thirds")
     return {name: even if name == "even" else cut_to(exp, dense, share * macs)
             for name, share in SHARES.items()}
 
@@ -134,6 +137,8 @@ def draw(table, summary, path, note):
     better = [row[0] for row in summary if row[-1] == "better" and row[0] != "even" + HALVES]
     title = (f"Shown to be better than one sparsity for all steps: {'; '.join(better)}" if better
              else "No split is shown to be better than one sparsity for all steps")
+    if any(row[-1] == "no verdict" for row in summary):
+        title = "One sparsity for all steps, or two: fewer than three seeds, no verdict"
     series = [dict(label="tickets", x=range(len(arms)), y=[np.mean(one) for one in dots],
                    dots=dots, style="points")]
     ticks = [arm.replace(", ", ",\n").replace("e early", "e\nearly") for arm in arms]

@@ -1,11 +1,13 @@
 """Do tickets transfer to another data set?
 
-    python -m studies.transfer --from runs/A runs/B     # two runs of one --preset
+    python -m studies.transfer --from runs/A runs/B     # two runs with the same flags
 
 Both ways: the ticket of A trains on the images of B as B's own ticket does, from step k. Compared
 on B: its own ticket and controls, the mask of A on the state of B at step k, the mask and state of
 A (the foreign ticket), and the mask of A shuffled within each layer, which keeps only the layer
-densities. Runs of one seed share theta_0, so a place in the network means the same in both.
+densities. Runs of one seed share theta_0, so a place in the network means the same in both, and
+they must be trained and pruned alike (`--lr`, `--ema`: defaults differ by data set), so that only
+the data differ.
 
 Differences are paired by seed, intervals 90 %. Margins, fixed before the run: a network is as good
 as another if the interval lies within 10 % of that one's fid_domain, or 3 % of its val_loss, worse
@@ -42,7 +44,8 @@ ARMS = {OWN: "ticket", "own mask, shuffled": "random",
         "own mask, new init": "reinit",
         "dense": "dense"}  # of the target's run
 SHUFFLED = "foreign mask, shuffled"  # as many weights in every layer
-ALIKE = "preset", "rounds", "prune_rate", "schedule", "prediction"  # in two runs
+ALIKE = ("preset", "rounds", "prune_rate", "scope", "score", "schedule", "prediction", "weighting",
+         "steps", "batch", "lr", "lr_schedule", "warmup", "optimizer", "beta2", "ema")  # of both
 PAIRED = ["way", "metric", "network", "against", "seeds", "mean", "other mean", "difference", "low",
           "high", "answer"]
 

@@ -96,9 +96,13 @@ def arms_of(table):
 
 
 def summarise(table):
-    """Rows of SUMMARY."""
+    """Rows of SUMMARY; no verdict on a setting in which an arm lacks a seed."""
+    seeds = {row["seed"] for row in table}
     for (part, name), arms in arms_of(table).items():
-        yield [part, name, *judged(arms)]
+        found = dict(zip(JUDGED, judged(arms)))
+        if any(set(values) != seeds for values in arms.values()):
+            found |= dict(p=None, answer="no verdict")
+        yield [part, name, *found.values()]
 
 
 def conclude(summary):
@@ -110,6 +114,8 @@ def conclude(summary):
         said.pop(words.counted(ROUNDS[0], "round"), None)
     ending = f"; with each arm at its own best rate: {own}." if own else "."
     won = list(said.values()).count("winning")
+    if not any(answer in ("winning", "not shown") for answer in said.values()):
+        return "No verdict: fewer than three seeds, or runs are missing."
     return f"Winning in {won} of {len(said)} settings{ending}"
 
 
@@ -157,8 +163,10 @@ def main(argv=None):
         only = f"_{args.parts[0]}" if len(set(args.parts)) == 1 else ""
         path = os.path.join(args.out, name + only)
         summary, said = list(summarise(table)), list(against_fewest(table))
-        study.save(path, HEADER, [list(row.values()) for row in table], n=common.samples, said=said)
-        study.save(path + "_summary", SUMMARY, summary, n=common.samples)
+        device = cli.pick_device(common.device)[0]
+        study.save(path, HEADER, [list(row.values()) for row in table], device, n=common.samples,
+                   said=said)
+        study.save(path + "_summary", SUMMARY, summary, device, n=common.samples)
         note = (f"{common.dataset}, {100 * SPARSITY:g} % sparsity; FID from {common.samples:,} "
                 f"samples; {words.seeds_of(common.seeds)}.")
         draw(table, conclude(summary), path + ".png", note)

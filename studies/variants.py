@@ -140,6 +140,8 @@ def title_of(verdicts):
     """What the verdicts say, for the picture."""
     won = {metric: sum(row[1] == metric and row[VERDICTS.index("answer")] == "winning"
                        for row in verdicts) for metric in lth.MARGINS}
+    if all(row[VERDICTS.index("answer")].startswith("no verdict") for row in verdicts):
+        return "No verdict: fewer than three seeds, or runs that diverged"
     said = ", ".join(f"{n} by {metric}" for metric, n in won.items())
     return f"Of {counted(len(verdicts) // len(won), 'variant')} tickets win in {said}"
 
@@ -156,6 +158,15 @@ def draw(table, title, path, note):
     ticks = [name.replace("/", "\n") for name in names]
     charts.line_chart(series, path, title, "", "fid_domain (log, lower is better)", log_y=True,
                       x_ticks=[*enumerate(ticks)], note=note)
+
+
+def save(study, out, table, verdicts, options, seeds, device):
+    """Write both tables; return their path."""
+    path = f"{out}/variants_{options.dataset}"
+    facts = dict(n=options.samples, seeds=seeds, flags=vars(options))
+    study.save(path, Row._fields, table, device, **facts)
+    study.save(path + "_verdicts", VERDICTS, verdicts, device, **facts)
+    return path
 
 
 def main(argv=None):
@@ -183,12 +194,10 @@ def main(argv=None):
                 continue
             table += arm_rows(name, exp, seeds)
             verdicts += verdict_rows(name, exp, seeds)
-            path = f"{args.out}/variants_{options.dataset}"
-            facts = dict(n=options.samples, seeds=seeds, flags=vars(options))
-            study.save(path, Row._fields, table, exp.device, **facts)
-            study.save(path + "_verdicts", VERDICTS, verdicts, exp.device, **facts)
+            save(study, args.out, table, verdicts, options, seeds, exp.device)
         if not table:
             raise FloatingPointError("every variant diverged: give a lower --lr")
+        path = save(study, args.out, table, verdicts, options, seeds, exp.device)
         bars = " Bars: standard deviation over seeds." if len(seeds) > 1 else ""
         draw(table, title_of(verdicts), path + ".png",
              f"{options.dataset}, {options.steps:,} steps of {options.batch}; FID from "

@@ -489,13 +489,18 @@ def check_config(args, free, method):
         args.seeds = list(dict.fromkeys([*then["seeds"], *args.seeds]))
 
 
-def take_over(args, names):
+def take_over(args, names, experiment):
     """Copy files of the finished run args.dense_from, if it is given, into args.out, unless they
-    are there. Mistake where it was made with other settings of what a dense network depends on."""
+    are there. Mistake where it was made with other settings of what a dense network depends on, or
+    by another kind of experiment (on codes in place of images, say)."""
     source = args.dense_from
     if source is None:
         return
-    then = read_config(source)["args"]
+    found = read_config(source)
+    then = found["args"]
+    if found.get("experiment") != experiment:
+        raise Mistake(f"argument --dense-from: {source} is a {found.get('experiment')}, this is a "
+                      f"{experiment}: its dense networks are others")
     for name, value in vars(args).items():
         if name not in PRUNING and then.get(name) != value:
             raise Mistake(f"argument --dense-from: {source} was made with --"

@@ -1,4 +1,5 @@
 """The experiment: the loop and its plan, resume to the bit, refusals, bad input that ends in one line."""
+import copy
 import csv
 import os
 import shutil
@@ -12,7 +13,7 @@ import torch
 
 import lth_diffusion as lth
 from methods import channels, cka, magnitude_init, oneshot, random_pruning, rigl, rst, taylor
-from prune import load_ticket
+from prune import dense_masks, live_total, load_ticket, prunable, prune_magnitude
 from support import cli, ranks, report, runs
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -154,6 +155,30 @@ def test_the_dense_run_of_another_run_is_taken_over(uninterrupted, tmp_path, mon
             (["--dense-from", str(tmp_path)], "config.json"):
         code, said = refusal(capsys, *command, *flags, "--out", str(tmp_path / "other"))
         assert code == 2 and named in said.splitlines()[-1]
+
+
+def test_another_kind_of_experiment_lends_no_dense_network(uninterrupted, tmp_path, capsys, monkeypatch):
+    """A run on codes, say, has the same flags and other networks."""
+    class Other(lth.Experiment):
+        pass
+    args, parser = lth.parse_args([*SMALL, "--dense-from", uninterrupted, "--out", str(tmp_path / "other")])
+    with pytest.raises(SystemExit) as stop:
+        lth.run(args, parser, experiment=Other)
+    assert stop.value.code == 2 and "is a Experiment, this is a Other" in capsys.readouterr().err
+
+
+def test_the_fine_tuned_control_leaves_the_dense_network_as_it_was(tmp_path):
+    """Its weights are a copy: what is cut later must not depend on the controls that were asked for."""
+    args, _ = lth.parse_args([*SMALL, "--controls", "finetune", "--control-rounds", "2", "--out", str(tmp_path)])
+    exp = lth.Experiment(args)
+    model = exp.new_model(0)
+    row = dict(train_steps_total=1, train_macs_total=1)
+    dense = lth.Trained(model, copy.deepcopy(model), dense_masks(model), row)
+    before = copy.deepcopy(model.state_dict())
+    masks = prune_magnitude(model, dense.masks, 0.5)
+    (_, tuned, *_), = lth.controls(exp, lth.Job(0, 2, "ticket"), masks, dense, dense)
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+    assert live_total(masks) >= sum(int(p.count_nonzero()) for p in prunable(tuned).values())
 
 
 def test_repeated_values_of_a_list_count_once():

@@ -385,6 +385,26 @@ def test_an_early_bird_costs_what_dense_costs(monkeypatch, tmp_path):
         assert row["train_macs_total"] < dense["train_macs_total"]
 
 
+def test_an_early_bird_and_its_random_mask_start_alike(monkeypatch, tmp_path):
+    """From the state at which the mask settled, also when the controls are made by a later command."""
+    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
+    monkeypatch.setattr(early_bird, "NEAR", 1.1)
+    flags = f"--rounds 1 --final-sparsity 0.9 --steps 100 --batch 4 --samples 8 --nfe 4 --out {tmp_path}"
+    started, train = {}, lth.train
+    monkeypatch.setattr(lth, "train", lambda *a, **k: started.update({k["label"]: k.get("state")}) or train(*a, **k))
+    early_bird.main([*flags.split(), "--controls", "random"])
+    ticket, control = (started[f"seed 0 round 1 {arm}"] for arm in ("ticket", "random"))
+    assert ticket["step"] == control["step"] == 12 and ticket["ema_updates"] == control["ema_updates"]
+    both = [name for name in ticket["model"] if name.endswith("bias")]
+    assert all(torch.equal(ticket["model"][name], control["model"][name]) for name in both)
+    job = lth.Job(0, 1, "random")
+    once = torch.load(job.path(str(tmp_path)), weights_only=True)["model"]
+    (tmp_path / "seed0" / "round01_random.pt").unlink()
+    early_bird.main([*flags.split(), "--controls", "random"])
+    again = torch.load(job.path(str(tmp_path)), weights_only=True)["model"]
+    assert all(torch.equal(again[name], one) for name, one in once.items())
+
+
 class Dry(lth.Experiment):
     """Trains nothing, and remembers in order what it was asked for."""
 

@@ -30,6 +30,12 @@ def test_differences_by_hand():
     assert (n, mean) == (3, 3.0) and low < 3 < high
 
 
+def test_late_rounds_are_not_taken_for_one_another():
+    """At high sparsity 20 % of what is left is little of the whole."""
+    rows = [ticket(0, 1 - 0.8 ** r, r) for r in range(1, 31)]
+    assert list(compare.tickets(rows).values()) == [{"0": float(r)} for r in range(1, 31)]
+
+
 @pytest.mark.parametrize("other, named", [
     (config(samples=17), "samples is 16 and 17"), (config() | dict(data_hash="z"), "data_hash"),
     (config(sampler="ddpm"), "sampler")])

@@ -81,6 +81,7 @@ def test_one_dense_network_for_all_that_rewind_to_one_step(compared):
     ("--seeds 0 --more-seeds 0", "argument --more-seeds: name none that --seeds names"),
     ("--runs README.md", "argument --runs: cannot write to README.md"),
     ("--steps 30 --only rst", "argument --steps: 30 are too few for rst"),
+    ("--rounds 3 --control-rounds 2", "argument --control-rounds: the last round, 3, is what is compared"),
     ("--nothing", "unrecognized arguments: --nothing"),
 ])
 def test_a_mistake_is_said_before_anything_runs(flags, said, tmp_path, monkeypatch, capsys):
@@ -118,9 +119,10 @@ def test_images_to_pay_back():
         dict(method="imp", train_steps_total=40, train_macs_total=900, macs_live=4),
         dict(method="rigl", train_steps_total=20, train_macs_total=100, macs_live=4),
         dict(method="imp, reinit", train_steps_total=40, train_macs_total=900, macs_live=4),
-        dict(method="channels", train_steps_total=40, train_macs_total=900, macs_live=10))]
+        dict(method="oneshot", train_steps_total=40, train_macs_total=900, macs_live=10),
+        dict(method="channels", train_steps_total=40, train_macs_total=900, macs_live=4))]  # trained cheaper
     paid = [line["images_to_pay_back"] for line in comparison.pay_back(table, 5)]
-    assert paid == [None, 600 / 30, 0, None, None]
+    assert paid == [None, 600 / 30, 0, None, None, 300 / 30]
 
 
 @pytest.mark.parametrize("value, said", [(8.0, "better"), (10.0, "as good"), (12.0, "worse"), (11.05, "not shown")])

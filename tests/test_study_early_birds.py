@@ -75,6 +75,6 @@ def test_arms_are_compared_with_the_ticket_by_seed():
 
 
 def test_title_says_whether_masks_settled():
-    assert early_birds.title_of([275, 275, 275], 560) == "No mask settles before step 275 of 560, where the search ends"
+    assert early_birds.title_of([275, 275, 275], 560) == "The search for masks ends, settled or not, at step 275 of 560"
     assert early_birds.title_of([99, 275, 110], 560) == "Masks are drawn after 99 to 275 of 560 steps"
     assert early_birds.title_of([99], 560) == "Masks are drawn after 99 of 560 steps"

@@ -176,3 +176,16 @@ def test_tickets_of_another_network_are_refused(finished, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         layers.main(["--from", str(finished / "imp"), "--beside", str(tmp_path), "--out", str(tmp_path)])
     assert stop.value.code == 2 and "another network" in capsys.readouterr().err
+
+
+def test_tickets_of_another_density_are_refused(finished, tmp_path, capsys):
+    """Their overlap would be compared with one of as many weights."""
+    path = lth.Job(0, 1, "ticket").path(str(finished / "imp"))
+    state = runs.load_state(path)
+    state.pop("format")
+    model = UNet(**state["config"])
+    state["masks"] = pack_masks(prune_magnitude(model, dense_masks(model), 0.9))
+    runs.save_state(lth.Job(0, 1, "ticket").path(str(tmp_path)), **state)
+    with pytest.raises(SystemExit) as stop:
+        layers.main(["--from", str(finished / "imp"), "--beside", str(tmp_path), "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "keeps 10.0% of the weights in round 1" in capsys.readouterr().err

@@ -65,8 +65,9 @@ def pair(small, tmp_path_factory):
         yield folder
 
 
-def test_across_data(pair, tmp_path, capsys):
+def test_across_data(pair, tmp_path, capsys, monkeypatch):
     """The two runs share theta_k and data: a foreign mask must be the ticket itself."""
+    monkeypatch.setattr(transfer, "ALIKE", ("preset", "steps", "lr"))  # else their scopes are refused
     transfer.main(["--from", str(pair / "global"), str(pair / "layer"), "--out", str(tmp_path)])
     said, rows = capsys.readouterr().out, read(tmp_path / "transfer_global_layer.csv")
     fid = {(row["way"], row["network"]): row["fid_domain"] for row in rows}
@@ -81,6 +82,16 @@ def test_across_data(pair, tmp_path, capsys):
     answers = {row["answer"] for row in read(tmp_path / "transfer_global_layer_paired.csv")}
     assert answers == {"no verdict"} and "Masks of one seed overlap" in said
     assert (tmp_path / "transfer_global_layer.png").stat().st_size > 5_000
+
+
+def test_runs_that_differ_in_more_than_data_are_refused(small, tmp_path, capsys):
+    """At another rate a foreign ticket would differ in its recipe too."""
+    for name, flags in (("one", []), ("two", ["--lr", "0.001"])):
+        lth.main([*MADE, "--steps", "8", *flags, "--out", str(tmp_path / name)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        transfer.main(["--from", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path)])
+    assert stop.value.code == 2 and "these runs differ in lr (" in capsys.readouterr().err
 
 
 def test_mistakes_end_in_one_line(pair, tmp_path, capsys):

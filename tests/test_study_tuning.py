@@ -83,6 +83,15 @@ def test_every_arm_has_its_own_best_rate():
     assert answers["4 x rate"] == answers["0.25 x rate"] == "no verdict"  # nothing of them is there
 
 
+def test_a_setting_without_one_seed_has_no_verdict():
+    """Four seeds, of which one diverged as dense: the three that are left would flatter it."""
+    whole = {arm: [*near(9), 9.05] for arm in tuning.ARMS} | dict(ticket=[*near(5), 5.05])
+    broken = whole | dict(dense=near(9))
+    table = table_of({("rates", "1 x rate"): whole, ("rates", "4 x rate"): broken})
+    answers = {row[1]: row[8] for row in tuning.summarise(table)}
+    assert answers["1 x rate"] == "winning" and answers["4 x rate"] == "no verdict"
+
+
 def test_what_diverged_has_no_verdict():
     whole = {arm: near(5) for arm in tuning.ARMS}
     broken = whole | dict(reinit=[], random=[])
