@@ -14,6 +14,9 @@ by region   Two early birds, of the upper and the lower half of t, each searched
             half alone, for half of the steps; together they store twice as many weights.
 dense by region   The same without masks: what is due to the halves and not to pruning.
 
+Training steps are all that an arm took, with the search, and with the dense network and the rounds
+before in the case of the ticket.
+
 Margin, fixed before the run: a tenth of the fid_domain compared with; intervals of 90 % over seeds,
 paired. What would change our mind about 'rounds find better tickets': an early bird that is shown
 to be as good, for it costs a fraction.

@@ -14,7 +14,7 @@ PGD     Ten steps of b / 4 from the result of FGSM, of which the worst is kept (
         Towards Deep Learning Models Resistant to Adversarial Attacks, 2017, 1706.06083).
 start   Sampling begins at a * x_T + m instead of x_T. Measured: fid_domain.
 sampler PGD through the whole sampler (DDIM): a change of x_T, at most b per value, that changes
-        the image most. Measured: the change, root mean square over pixels from -1 to 1, beside
+        the image most. Measured: the change of x_0 before it is clipped, root mean square, beside
         that of a random x_T as far away (chance); how many images change their class (flips).
 
 All networks meet the same images, t, noise and budgets. Figures are absolute: a ratio to its own

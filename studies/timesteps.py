@@ -14,7 +14,8 @@ dense early     The same the other way round.
 ..., by halves  Each ticket is trained on its half of t alone, for half of the steps.
 
 So all do the same work per sample (measured; it differs by what an odd number of evaluations leaves
-over) and take the same training steps, except that two tickets trained on all t take twice as many.
+over) and take the same training steps (counted from step k; the dense network is common to all),
+except that two tickets trained on all t take twice as many.
 Splits are compared with `even`, those by halves with `even, by halves`. Margin, fixed before the
 run: a tenth of the fid_domain compared with; intervals of 90 % over seeds, paired.
 
@@ -35,7 +36,7 @@ from lth_diffusion import Job
 from prune import dense_masks, prune_magnitude
 from studies.common import (ALL, REGIONS, Joined, Study, add_run_flag, against, at_region,
                             checkpoint, fit, open_run, rounded)
-from support import charts
+from support import charts, cli
 from support.words import seeds_of
 
 SHARES = dict(sparser=0.5, even=1.0, denser=1.5)  # of the live MACs of `even`

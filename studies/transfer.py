@@ -2,18 +2,25 @@
 
     python -m studies.transfer --from runs/A runs/B     # two runs with the same flags
 
-Both ways: the ticket of A trains on the images of B as B's own ticket does, from step k. Compared
-on B: its own ticket and controls, the mask of A on the state of B at step k, the mask and state of
-A (the foreign ticket), and the mask of A shuffled within each layer, which keeps only the layer
-densities. Runs of one seed share theta_0, so a place in the network means the same in both, and
-they must be trained and pruned alike (`--lr`, `--ema`: defaults differ by data set), so that only
-the data differ.
+Both ways: the ticket of A trains on the images of B as B's own ticket does. Compared on B:
+
+    network                  mask                      state that it goes on from   steps
+    own ticket               of B                      of B at step k               k to the end
+    own mask, shuffled       of B, moved in its layer  of B at step k               k to the end
+    own mask, new init       of B                      new weights                  all
+    dense                    none                      new weights                  all
+    foreign mask             of A                      of B at step k               k to the end
+    foreign ticket           of A                      of A at step k               k to the end
+    foreign mask, shuffled   of A, moved in its layer  of B at step k               k to the end
+
+A shuffled mask keeps the densities of the layers alone; a state has its optimizer with it. Runs of
+one seed share theta_0, so a place in the network means the same in both. They must be trained and
+pruned alike, so that only the data differ (defaults of --lr and --ema do: give them).
 
 Differences are paired by seed, intervals 90 %. Margins, fixed before the run: a network is as good
 as another if the interval lies within 10 % of that one's fid_domain, or 3 % of its val_loss, worse
-if beyond. Dense networks and new initialisations train from step 0, the others go on from step k
-with their optimizer. Each data set has its own feature extractor: compare fid_domain within a
-target. The comparison with dense was added after the first tables had been seen: it is exploratory.
+if beyond. Each data set has its own feature extractor: compare fid_domain within a target. The
+comparison with dense was added after the first tables had been seen: it is exploratory.
 
 What would change our mind about 'a ticket is more than its layer densities': shuffled foreign masks
 that do as well as the foreign mask. About 'it is made for its data': foreign masks that do as well

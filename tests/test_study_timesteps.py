@@ -7,6 +7,7 @@ import lth_diffusion as lth
 from prune import dense_masks
 from studies import timesteps
 from studies.common import Joined, open_run
+from support import cli
 
 FLAGS = "--rounds 2 --steps 16 --batch 8 --samples 8 --nfe 4 --prune-rate 0.5 --controls"
 ARMS = ["even", "even, by halves", "sparse early", "sparse early, by halves", "dense early", "dense early, by halves"]
@@ -63,3 +64,11 @@ def test_arms_are_compared_with_even_by_seed():
     halves = [[*row[:1], row[1] + ", by halves", *row[2:]] for row in table]
     against = {row[0]: row[1] for row in timesteps.paired(table + halves)}
     assert against["even, by halves"] == "even" and against["dense early, by halves"] == "even, by halves"
+
+
+def test_tickets_that_leave_too_much_are_refused(studied, monkeypatch):
+    """Where `denser` would need more work than dense does, the splits would do less than `even`."""
+    exp, _ = open_run(str(studied / "run"))
+    monkeypatch.setattr(timesteps, "SHARES", dict(sparser=0.5, even=1.0, denser=9.0))
+    with pytest.raises(cli.Mistake, match="of the multiply-accumulates; name a run of sparser ones"):
+        timesteps.tickets_of(exp, 0)
