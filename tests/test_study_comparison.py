@@ -131,15 +131,23 @@ def test_answers_are_paired_and_have_a_margin(value, said):
     other = [row(seed, 2, "ticket", value + seed + 0.1 * (seed - 1), 40) for seed in range(3)]
     dense = [row(seed, 0, "dense", 20.0, 20) for seed in range(3)]
     found = {line[0]: line[1:] for line in comparison.paired({"imp": [*dense, *imp], "random": other}, 2)}
-    assert found["random"][1] == 3 and found["random"][3] == pytest.approx(value - 10) and found["random"][-1] == said
+    assert found["random"][2] == 3 and found["random"][4] == pytest.approx(value - 10) and found["random"][-1] == said
     assert found["dense"][-1] == "worse" and "imp" not in found
     for one in other:
         one["sparsity"] = 0.3
     found = {line[0]: line[1:] for line in comparison.paired({"imp": [*dense, *imp], "random": other}, 2)}
-    assert found["random"][0] == "30.0 %" and found["random"][-1] == "other density"
+    assert found["random"][:2] == ["imp", "30.0 %"] and found["random"][-1] == "other density"
     longer = {"random, equal cost": [row(seed, 0, "dense", 5.0, 40) for seed in range(3)]}
     found = {line[0]: line[1:] for line in comparison.paired({"imp": [*dense, *imp], **longer}, 2)}
     assert found["dense, equal cost"][-1] == "better" and "random, equal cost" not in found
+
+
+def test_shuffled_similarities_are_compared_with_those_as_they_are():
+    found = {name: [row(seed, 2, "ticket", value + seed, 40) for seed in range(3)]
+             for name, value in (("imp", 10.0), ("imp-cka", 8.0), ("imp-cka-shuffled", 12.0))}
+    found["imp"] += [row(seed, 0, "dense", 20.0, 20) for seed in range(3)]
+    rows = {tuple(line[:2]): line[2:] for line in comparison.paired(found, 2)}
+    assert rows["imp-cka-shuffled", "imp-cka"][3] == 4 and rows["imp-cka-shuffled", "imp"][3] == 2
 
 
 def test_columns_of_the_picture():
