@@ -171,7 +171,7 @@ def title_of(rows):
     return f"{TITLES[rows[0].net]}: {said}"
 
 
-def draw(rows, column, path, y_label):
+def draw(rows, column, path, y_label, k):
     """One column against the share of weights left: means and deviations over seeds."""
     values, series = {}, []
     for row in rows:
@@ -188,12 +188,13 @@ def draw(rows, column, path, y_label):
     level = "dense", np.mean(dense), "dashed"
     charts.line_chart(series, path, title_of(rows), "weights left (log)",
                       y_label, hlines=[level], log_x=True,
-                      note=f"Means over {counted(len(dense), 'seed')}; bars: standard "
-                      "deviation. Early stopping by held-out loss.")
+                      note=f"Tickets go back to step {k}. Means over "
+                      f"{counted(len(dense), 'seed')}; bars: standard deviation. Early stopping "
+                      "by held-out loss.")
 
 
 def conclude(rows, steps):
-    """A line per control round: the ticket's accuracy less that of each other arm, paired by seed,
+    """A sentence per control round: ticket less each other arm, paired by seed, in test accuracy,
     and the early-stopping steps."""
     said = []
     for r in sorted({row.round for row in rows if row.arm == "reinit"}):
@@ -217,7 +218,7 @@ def conclude(rows, steps):
         said.append(f"{rows[0].net}, {left:.1f} % of the weights, {counted(n, 'seed')}: "
                     f"ticket less {', '.join(parts)} points of test accuracy, "
                     f"{certain}. Early stop at step: {', '.join(stops)}.")
-    return "\n".join(said)
+    return said
 
 
 def main(argv=None):
@@ -245,9 +246,11 @@ def main(argv=None):
                 study.save(path, Row._fields, rows, steps=args.steps,
                            seeds=seeds, k=k)
                 print(f"{net}, seed {seed}: done", flush=True)
-            draw(rows, "accuracy", f"{path}_accuracy.png", "test accuracy")
-            draw(rows, "stop_step", f"{path}_speed.png", "early stop at step")
-            print(f"{conclude(rows, args.steps)}\n{path}.csv, .json, and charts")
+            said = conclude(rows, args.steps)
+            study.save(path, Row._fields, rows, steps=args.steps, seeds=seeds, k=k, said=said)
+            draw(rows, "accuracy", f"{path}_accuracy.png", "test accuracy", k)
+            draw(rows, "stop_step", f"{path}_speed.png", "early stop at step", k)
+            print(*said, f"{path}.csv, .json, and charts", sep="\n")
 
 
 if __name__ == "__main__":

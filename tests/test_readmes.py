@@ -63,7 +63,8 @@ def test_flags_of_commands_are_known(command, capsys):
     said = capsys.readouterr().out
     assert stop.value.code == 0
     for word in words:
-        known = word.isdigit() or word in ("PATH", "FOLDERS") or "/" in word or word in said or word in cli.DATASETS
+        number = word.replace(".", "", 1).isdigit()
+        known = number or word in ("PATH", "FOLDERS") or "/" in word or word in said or word in cli.DATASETS
         assert known, (command, word)
 
 

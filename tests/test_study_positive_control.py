@@ -65,7 +65,7 @@ def test_one_cut_is_as_deep_as_its_rounds():
 def test_a_stop_near_the_last_step_is_a_lower_bound():
     rows = [Row("lenet", 0, r, arm, 0.8, step, 0.9) for r, arm, step in (
         (0, "dense", 95), (1, "ticket", 40), (1, "reinit", 90), (1, "random", 100), (1, "oneshot", 60))]
-    said = positive_control.conclude(rows, 100)
+    said, = positive_control.conclude(rows, 100)
     assert "dense >= 95, ticket 40, reinit 90, random >= 100, oneshot 60" in said
 
 
@@ -73,7 +73,7 @@ def test_differences_are_paired_by_seed():
     rows = [Row("conv", seed, r, arm, 0.1, 10, base + gain) for seed, base in enumerate((0.5, 0.6, 0.7))
             for r, arm, gain in ((0, "dense", 0), (1, "ticket", 0.02), (1, "reinit", 0.01),
                                  (1, "random", 0), (1, "oneshot", 0.02))]
-    said = positive_control.conclude(rows, 100)
+    said, = positive_control.conclude(rows, 100)
     assert "3 seeds: ticket less dense +2.00 [+2.00, +2.00] (better), reinit +1.00" in said
     assert "oneshot +0.00 [+0.00, +0.00] (as good)" in said and "90 % intervals" in said
     assert "tickets beat reinit and random mask at 10 %" in positive_control.title_of(rows)
