@@ -250,7 +250,8 @@ def test_images_of_ones_own_are_measured_by_a_classifier_trained_on_them(elsewhe
     assert "20 square images or more" in refusal(capsys, "few", "far")
 
 
-def test_inception_without_a_checkpoint_is_refused_with_the_way_to_get_it(elsewhere, capsys):
+def test_inception_without_a_checkpoint_is_refused_with_the_way_to_get_it(elsewhere, monkeypatch, capsys):
+    monkeypatch.delenv("LTH_DATA", raising=False)  # it would be looked for there
     for flags in (["--extractor", "inception"], ["--inception", "nowhere.pth"]):
         said = refusal(capsys, save(elsewhere / "a", noise(3, 3, 40)), "a", *flags)
         assert "curl -L --create-dirs -o" in said and metrics.INCEPTION_URL + metrics.INCEPTION_FILE in said

@@ -94,7 +94,9 @@ def test_lines_and_verdicts_by_hand():
     few = list(latent.verdict_rows("pixel", pixel, [0], 1))
     assert few[0][answer] == "no verdict"
     assert latent.title_of([*few, *won], 0.5) == "At 50 % sparsity tickets win in latent space"
-    assert "win in neither space" in latent.title_of(few, 0.5)
+    assert latent.title_of(few, 0.5).endswith("fewer than three seeds, no verdict")
+    lost = list(latent.verdict_rows("pixel", rows((1, 2, 3), (7, 8, 9)), [0, 1, 2], 1))
+    assert "win in neither space" in latent.title_of([*few, *lost], 0.5)
 
 
 def test_only_finished_seeds_are_used():

@@ -21,7 +21,7 @@ def quick(monkeypatch):
 
 def test_tuning(quick, tmp_path, capsys):
     tuning.main(["--runs", str(tmp_path), "--out", str(tmp_path), *SMALL])
-    assert "0 of 3 settings; with each arm at its own best rate: no verdict" in capsys.readouterr().out  # one seed
+    assert "No verdict: fewer than three seeds" in capsys.readouterr().out
     with open(tmp_path / "tuning_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["setting"] for row in rows[::4]] == ["0.25 x rate", "1 x rate", "1 round", "2 rounds"]
@@ -43,13 +43,15 @@ def test_the_rounds_alone(quick, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row["setting"] for row in rows[::4]] == ["1 round", "2 rounds"]
     said = capsys.readouterr().out
-    assert "Winning in 0 of 2 settings.\n" in said and "own best rate" not in said
+    assert "No verdict: fewer than three seeds" in said and "own best rate" not in said
     tickets = [float(row["fid_domain"]) for row in rows if row["arm"] == "ticket"]
     assert f"1 seed: 2 rounds {tickets[1]:.2f}, 1 round {tickets[0]:.2f}; " in said
 
 
 def test_a_ticket_is_compared_with_that_of_the_fewest_rounds():
     arms = {arm: near(9) for arm in tuning.ARMS}
+    alone = table_of({("rounds", name): arms for name in ("2 rounds", "5 rounds", "10 rounds")})
+    assert tuning.conclude(tuning.summarise(alone)) == "Winning in 0 of 3 settings."
     table = table_of({("rounds", "2 rounds"): arms, ("rounds", "10 rounds"): arms | dict(ticket=near(8))})
     [said] = tuning.against_fewest(table)
     assert said == ("fid_domain of the ticket, 3 seeds: 10 rounds 8.00, 2 rounds 9.00; "
