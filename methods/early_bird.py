@@ -22,7 +22,7 @@ import os
 from collections import deque
 
 from ddpm import train
-from lth_diffusion import Job, make_parser, parse_args, run
+from lth_diffusion import Job, controls_at, make_parser, parse_args, run
 from methods.oneshot import compare, cut_at, jobs
 from prune import dense_masks, density, prune_magnitude, ramp_rates, rewind
 from support import runs
@@ -95,7 +95,9 @@ def find_tickets(args, exp):
                 options = dict(masks=masks, state=rewind(ticket, masks, state), after=after)
             ticket = exp.train(job, ticket, **options)
             at = ticket.row["train_steps_total"] - ticket.row["steps"]  # the mask settled here
-            start = dense._replace(checkpoint=runs.load_state(job.path(args.out, SETTLED)))
+            start = dense
+            if "random" in controls_at(args, r):  # it goes on from where the ticket did
+                start = dense._replace(checkpoint=runs.load_state(job.path(args.out, SETTLED)))
             compare(exp, job, ticket.masks, start, dense, (at, round(macs * at / steps)))
 
 

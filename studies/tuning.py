@@ -116,7 +116,7 @@ def conclude(summary):
     won = list(said.values()).count("winning")
     if not any(answer in ("winning", "not shown") for answer in said.values()):
         return "No verdict: fewer than three seeds, or runs are missing."
-    return f"Winning in {won} of {len(said)} settings{ending}"
+    return f"Tickets win in {won} of {len(said)} settings{ending}"
 
 
 def against_fewest(table):
@@ -169,7 +169,7 @@ def main(argv=None):
         study.save(path + "_summary", SUMMARY, summary, device, n=common.samples)
         note = (f"{common.dataset}, {100 * SPARSITY:g} % sparsity; FID from {common.samples:,} "
                 f"samples; {words.seeds_of(common.seeds)}.")
-        draw(table, conclude(summary), path + ".png", note)
+        draw(table, conclude(summary).rstrip("."), path + ".png", note)
     print(f"\n{charts.text_table(SUMMARY, rounded(summary))}\n\n{conclude(summary)}")
     print(*said, f"{path}.csv, _summary.csv, .json, .png", sep="\n")
 

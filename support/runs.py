@@ -499,8 +499,8 @@ def take_over(args, names, experiment):
     found = read_config(source)
     then = found["args"]
     if found.get("experiment") != experiment:
-        raise Mistake(f"argument --dense-from: {source} is a {found.get('experiment')}, this is a "
-                      f"{experiment}: its dense networks are others")
+        raise Mistake(f"argument --dense-from: {source} was made by {found.get('experiment')}, "
+                      f"this run is {experiment}, whose dense networks differ: name another run")
     for name, value in vars(args).items():
         if name not in PRUNING and then.get(name) != value:
             raise Mistake(f"argument --dense-from: {source} was made with --"

@@ -164,7 +164,7 @@ def test_another_kind_of_experiment_lends_no_dense_network(uninterrupted, tmp_pa
     args, parser = lth.parse_args([*SMALL, "--dense-from", uninterrupted, "--out", str(tmp_path / "other")])
     with pytest.raises(SystemExit) as stop:
         lth.run(args, parser, experiment=Other)
-    assert stop.value.code == 2 and "is a Experiment, this is a Other" in capsys.readouterr().err
+    assert stop.value.code == 2 and "was made by Experiment, this run is Other" in capsys.readouterr().err
 
 
 def test_the_fine_tuned_control_leaves_the_dense_network_as_it_was(tmp_path):

@@ -51,7 +51,7 @@ def test_the_rounds_alone(quick, tmp_path, capsys):
 def test_a_ticket_is_compared_with_that_of_the_fewest_rounds():
     arms = {arm: near(9) for arm in tuning.ARMS}
     alone = table_of({("rounds", name): arms for name in ("2 rounds", "5 rounds", "10 rounds")})
-    assert tuning.conclude(tuning.summarise(alone)) == "Winning in 0 of 3 settings."
+    assert tuning.conclude(tuning.summarise(alone)) == "Tickets win in 0 of 3 settings."
     table = table_of({("rounds", "2 rounds"): arms, ("rounds", "10 rounds"): arms | dict(ticket=near(8))})
     [said] = tuning.against_fewest(table)
     assert said == ("fid_domain of the ticket, 3 seeds: 10 rounds 8.00, 2 rounds 9.00; "
