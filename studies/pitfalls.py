@@ -1,4 +1,4 @@
-"""Which published mistakes change the verdict on a ticket?
+"""Which published mistakes in the evaluation change the verdict on a ticket?
 
     python -m studies.pitfalls                     # makes a small run on digits first: minutes
     python -m studies.pitfalls --from runs/mnist   # a finished run with reinit and random
@@ -9,26 +9,13 @@ again: is the ticket within 10 % of dense, better than reinit, better than the r
 values are compared, without a test: a mistake matters where an answer changes. All samples are
 drawn by DDIM without noise, so that x_T is the only source of chance in the measurement.
 
-In the evaluation: FID from 25 samples and 20 real images; covariances over images; the feature
-extractor in train mode; the better of two FIDs for the ticket; the best seed for the ticket (not
-read in code). In training, where the ticket is trained again from step k on the same batches:
-
-restart fresh    The ticket's weights go back to step k, but Adam and the average start anew at full
-                 rate, without the warm-up that reinit has (the first edition of this code; open_lth
-                 restarts its optimizer too, but that of the dense network with it).
-negative frozen  No gradient where w < 1e-6, which should have been |w|: negative weights get none
-                 (rahulvigneswaran/Lottery-Ticket-Hypothesis-in-Pytorch, its issues 5 and 31).
-EMA continued    The average goes on from the dense network's (first seed only), so that pruned
-                 weights stay alive in it.
-
-Without training: cutting every weight up to the k-th smallest takes one too many, and all that tie
-with it (Eric-mingjie/rethinking-network-pruning, weight-level lottery tickets), counted for a cut
-of a fifth. Weight standardisation revives pruned weights: counted. Dense alone as the comparison:
-in how many seeds would reinit and the random mask count as tickets?
-
-The mistakes were read in the public code of Jiang et al., Successfully Applying Lottery Ticket
-Hypothesis to Diffusion Model, 2023, 2310.18823, unless the text says otherwise. One that changes no
-answer in this run may change one in another.
+The mistakes: FID from 25 samples and 20 real images; covariances over images; the feature extractor
+in train mode; the better of two FIDs for the ticket; the best seed for the ticket (not read in
+code); dense alone as the comparison: in how many seeds would reinit and the random mask count as
+tickets? They were read in the public code of Jiang et al., Successfully Applying Lottery Ticket
+Hypothesis to Diffusion Model, 2023, 2310.18823, unless the text says otherwise. Those made in
+training are in studies.pitfalls_training. One that changes no answer in this run may change one in
+another.
 
 What would change our mind about a mistake: verdicts that stay the same with it in several runs.
 """
@@ -43,9 +30,7 @@ import torch
 
 import lth_diffusion as lth
 import metrics
-from ddpm import train
-from prune import live_total, mask_hooks, prunable, rewind
-from studies.common import Study, add_run_flag, fit, open_run, over_seeds
+from studies.common import Study, add_run_flag, open_run
 from support import charts, cli
 from support.words import ARMS as NAMES, counted
 
@@ -55,10 +40,6 @@ FEW, REAL = 25, 20  # samples, and real images to compare them with
 REPEATS = 300  # draws of so few
 COVARIED = 250  # images in a covariance over images
 LIMIT = lth.MARGINS["fid_domain"]
-FRESH, NEGATIVE, AVERAGE = "restart fresh", "negative frozen", "EMA continued from dense"
-EPS = 1e-6  # below it a weight is taken for pruned
-FIFTH = 0.2  # cut by a threshold
-BEST_SEED = "best seed for the ticket"  # not read in code
 HEADER = ["mistake", "seed", *ARMS, *(f"{arm}, mistaken" for arm in ARMS),
           "verdict", "becomes"]
 
@@ -94,7 +75,8 @@ def job_of(exp, seed, arm):
     return lth.Job(seed, 0 if arm == "dense" else exp.args.rounds, arm)
 
 
-# --------------------------------------------------------------------------- in the evaluation
+# --------------------------------------------------------------------------- the mistakes
+
 # Each gives {arm: fid_domain}.
 
 def few_images(bench):
@@ -165,62 +147,20 @@ EVALUATIONS = {f"FID from {FEW} samples": few_images,
                "better of two FIDs for the ticket": best_of_two}
 
 
-# --------------------------------------------------------------------------- in the network
-
-def restart_fresh(bench):
-    """The EMA of the ticket trained again from its weights at step k alone."""
-    exp, dense = bench.exp, bench.networks["dense"].checkpoint
-    fresh = dense | dict(optimizer=None, ema=dense["model"], ema_updates=0)
-    return fit(exp, f"restart_fresh_seed{bench.seed}", bench.seed, exp.new_model(bench.seed),
-               bench.networks["ticket"].masks, fresh)
+def best_seed(benches):
+    """The best seed for the ticket, the mean for the others: a row of HEADER."""
+    means = {arm: np.mean([one.right[arm] for one in benches]) for arm in ARMS}
+    best = min(one.right["ticket"] for one in benches)
+    return row("best seed for the ticket", "all", means, means | dict(ticket=best))
 
 
-def train_again(bench, label, changed=None, **hooks):
-    """The EMA of the ticket, trained again from step k. changed: of its state; hooks: of train."""
-    exp, masks, model = bench.exp, bench.networks["ticket"].masks, bench.exp.new_model(bench.seed)
-    state = rewind(model, masks, bench.networks["dense"].checkpoint) | (changed or {})
-    options = exp.options(job_of(exp, bench.seed, "ticket"), label=label)
-    return train(model, exp.diffusion, exp.images, state=state, **options,
-                 **mask_hooks(model, masks) | hooks)[0].model
-
-
-def continue_average(bench):
-    """Where the average goes on from that of dense, its warm-up over."""
-    ema = bench.networks["dense"].ema.state_dict()
-    return train_again(bench, AVERAGE, dict(ema=ema, ema_updates=10 ** 9))
-
-
-def freeze_negative(bench):
-    """Where weights below EPS are taken for pruned and get no gradient."""
-    def after_backward(step, model):
-        for p in prunable(model).values():
-            if p.grad is not None:
-                p.grad.mul_(p >= EPS)
-    return train_again(bench, NEGATIVE, after_backward=after_backward)
-
-
-def cut_by_threshold(model, fraction):
-    """How many weights go where everything up to the k-th value does, k = fraction * all."""
-    sizes = torch.cat([p.detach().abs().flatten() for p in prunable(model).values()])
-    return int((sizes <= sizes.sort().values[int(fraction * len(sizes))]).sum())
-
-
-def nonzero(model):
-    """How many prunable weights are not exactly 0."""
-    return sum(int(p.count_nonzero()) for p in prunable(model).values())
-
-
-@torch.no_grad()
-def standardised(model):
-    """A copy with weight standardisation: the filters of convolutions at mean 0, variance 1."""
-    model = copy.deepcopy(model)
-    for p in prunable(model).values():
-        if p.dim() == 4:
-            flat = p.flatten(1)
-            variance = flat.var(1, keepdim=True, unbiased=False) + 1e-5
-            flat = (flat - flat.mean(1, keepdim=True)) * variance.rsqrt()
-            p.copy_(flat.view_as(p))
-    return model
+def dense_alone(benches):
+    """A sentence: in how many seeds the controls would pass for tickets, and the ticket."""
+    passed = []
+    for arm in ARMS[1:]:
+        number = sum(one.right[arm] < (1 + LIMIT) * one.right["dense"] for one in benches)
+        passed.append(f"{NAMES[arm]} in {number}")
+    return f"Within {LIMIT:.0%} of dense, of {counted(len(benches), 'seed')}: {', '.join(passed)}."
 
 
 # --------------------------------------------------------------------------- the study
@@ -240,46 +180,11 @@ def row(mistake, seed, right, wrong):
     return [mistake, seed, *values, verdict(right), verdict(wrong)]
 
 
-def measure(benches, averaged):
-    """{mistake: its rows}. averaged: what continue_average made of the first."""
-    groups, first = {}, benches[0]
-    for name, mistake in EVALUATIONS.items():
-        groups[name] = [row(name, one.seed, one.right, mistake(one))
-                        for one in benches]
-    if len(benches) > 1:
-        means, best = {}, min(one.right["ticket"] for one in benches)
-        for arm in ARMS:
-            means[arm] = np.mean([one.right[arm] for one in benches])
-        wrong = means | dict(ticket=best)
-        groups[BEST_SEED] = [row(BEST_SEED, "all", means, wrong)]
-    for name, mistake in {FRESH: restart_fresh, NEGATIVE: freeze_negative}.items():
-        groups[name] = [retrained(name, one, mistake(one)) for one in benches]
-    return groups | {AVERAGE: [retrained(AVERAGE, first, averaged)]}
-
-
-def retrained(name, bench, model):
-    """The row of a ticket that was trained with a mistake."""
-    value = np.mean(bench.score(bench.draw(model, name)))
-    return row(name, bench.seed, bench.right, bench.right | dict(ticket=value))
-
-
 def over_others(rows, start):
     """The ticket over dense, reinit and random, geometric means over rows whose values begin in
     column `start`."""
     logs = np.log([one[start:start + 4] for one in rows]).mean(0)
     return np.exp(logs[1] - logs[[0, 2, 3]])
-
-
-def draw(groups, path, note):
-    """The ticket's fid_domain over that of the others."""
-    correct = over_others(next(iter(groups.values())), 2)
-    mistaken = [over_others(rows, 6) for rows in groups.values()]
-    n = sum(any(one[-2] != one[-1] for one in rows) for rows in groups.values())
-    charts.heat_map([correct, *mistaken], ["measured correctly", *groups],
-                    ["dense", "reinit", "random"], path,
-                    f"{n} of {len(groups)} mistakes change an answer about the ticket", note,
-                    log=True, x_label="fid_domain of the ticket over",
-                    bar_label="below 1: better")
 
 
 def conclude(groups, n):
@@ -295,40 +200,6 @@ def conclude(groups, n):
             f"{'; '.join(said) or 'none'}. {counted(n, 'seed')}: single values, no test.")
 
 
-def ablation(rows):
-    """What the fresh restart does, over seeds, in sentences with 90 % intervals."""
-    values = np.array([one[2:10] for one in rows], float)  # right, then mistaken, by ARMS
-    right, fresh, said = values[:, :4], values[:, 5], []
-    gaps = {"fresh less restored": fresh - right[:, 1]}
-    for column, arm in enumerate(ARMS):
-        if arm != "ticket":
-            gaps[f"restored less {arm}"] = right[:, 1] - right[:, column]
-            gaps[f"fresh less {arm}"] = fresh - right[:, column]
-    for name, gap in gaps.items():
-        mean, low, high = over_seeds(gap)
-        ends = "" if low is None else f" [{low:+.2f}, {high:+.2f}]"
-        said.append(f"{name} {mean:+.2f}{ends}")
-    return f"fid_domain of the ticket, {counted(len(rows), 'seed')}: {'; '.join(said)}."
-
-
-def dense_alone(benches):
-    """A sentence: in how many seeds the controls would pass for tickets, and the ticket."""
-    passed = []
-    for arm in ARMS[1:]:
-        number = sum(one.right[arm] < (1 + LIMIT) * one.right["dense"] for one in benches)
-        passed.append(f"{NAMES[arm]} in {number}")
-    return f"Within {LIMIT:.0%} of dense, of {counted(len(benches), 'seed')}: {', '.join(passed)}."
-
-
-def thresholds(exp, dense):
-    """{network: [weights that a threshold cuts, weights that were asked for]}, a cut of FIFTH."""
-    found = {}
-    for name, model in ("trained", dense), ("at the start", exp.new_model(0)):
-        total = sum(p.numel() for p in prunable(model).values())
-        found[name] = [cut_by_threshold(model, FIFTH), int(FIFTH * total)]
-    return found
-
-
 def find_benches(exp, rows):
     """A Bench for each seed with all arms at the last round; Mistake where there is none."""
     seeds = [seed for seed in exp.args.seeds
@@ -339,38 +210,43 @@ def find_benches(exp, rows):
     return [Bench(exp, seed) for seed in seeds]
 
 
+def publish(study, args, exp, groups, said, **facts):
+    """Save the rows of {mistake: rows}, draw the ticket's fid_domain over that of the others, and
+    print both. said: sentences."""
+    table = [one for rows in groups.values() for one in rows]
+    n = len({one[1] for one in table} - {"all"})
+    said = [*said, conclude(groups, n)]
+    path = os.path.join(args.out, f"{study.prog.split('.')[-1]}_{exp.args.dataset}")
+    study.save(path, HEADER, table, exp.device, n=exp.args.samples, draws=DRAWS, said=said, **facts)
+    ratios = [over_others(next(iter(groups.values())), 2)]  # measured correctly
+    ratios += [over_others(rows, 6) for rows in groups.values()]
+    turned = sum(any(one[-2] != one[-1] for one in rows) for rows in groups.values())
+    charts.heat_map(ratios, ["measured correctly", *groups], ["dense", "reinit", "random"],
+                    path + ".png",
+                    f"{turned} of {len(groups)} mistakes change an answer about the ticket",
+                    f"{exp.args.dataset}, n={exp.args.samples:,} samples, DDIM, "
+                    f"{counted(n, 'seed')}, round {exp.args.rounds}",
+                    log=True, x_label="fid_domain of the ticket over", bar_label="below 1: better")
+    shown = [[*one[:2], *one[-2:]] for one in table]
+    print(f"\n{charts.text_table([*HEADER[:2], *HEADER[-2:]], shown)}\n")
+    print(*said, f"{path}.csv, .json, .png", sep="\n")
+
+
 def main(argv=None):
     """The command line."""
     study = Study("studies.pitfalls", __doc__)
     add_run_flag(study)
     with study.arguments(argv) as args:
         exp, rows = open_run(args.run)
-        benches, a = find_benches(exp, rows), exp.args
-        averaged = continue_average(benches[0])
-        groups, n = measure(benches, averaged), len(benches)
-        ticket = benches[0].networks["ticket"]
-        live = live_total(ticket.masks)
-        dense = {AVERAGE: nonzero(averaged),
-                 "weight standardisation": nonzero(standardised(ticket.model))}
+        benches = find_benches(exp, rows)
+        groups = {name: [row(name, one.seed, one.right, mistake(one)) for one in benches]
+                  for name, mistake in EVALUATIONS.items()}
+        if len(benches) > 1:
+            groups["best seed for the ticket"] = [best_seed(benches)]
         rates = {one.seed: reversals(one) for one in benches}
-        path = os.path.join(args.out, f"pitfalls_{a.dataset}")
-        table = [one for rows in groups.values() for one in rows]
-        said = [ablation(groups[FRESH]), conclude(groups, n), dense_alone(benches)]
-        cut = thresholds(exp, benches[0].networks["dense"].model)
-        study.save(path, HEADER, table, exp.device, n=a.samples, draws=DRAWS,
-                   live=live, not_zero=dense, reversals=rates, cut_by_threshold=cut, said=said)
-        draw(groups, path + ".png",
-             f"{a.dataset}, n={a.samples:,} samples, DDIM, {counted(n, 'seed')}, "
-             f"round {a.rounds}. {AVERAGE}: first seed.")
-    shown = [[*one[:2], *one[-2:]] for one in table]
-    print(f"\n{charts.text_table([*HEADER[:2], *HEADER[-2:]], shown)}\n")
-    for seed, rate in rates.items():
-        print(f"Seed {seed}: {rate:.0%} of draws of {FEW} samples reverse ticket and dense.")
-    for name, left in dense.items():
-        print(f"{name}: {left:,} weights of the ticket are not 0, {live:,} should be.")
-    for name, (gone, asked) in cut.items():
-        print(f"Network {name}: a threshold cuts {gone:,} weights, {asked:,} were asked for.")
-    print(*said, f"{path}.csv, .json, .png", sep="\n")
+        said = [f"Seed {seed}: {rate:.0%} of draws of {FEW} samples reverse ticket and dense."
+                for seed, rate in rates.items()]
+        publish(study, args, exp, groups, [*said, dense_alone(benches)], reversals=rates)
 
 
 if __name__ == "__main__":

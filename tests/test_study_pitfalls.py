@@ -11,7 +11,6 @@ import metrics
 from studies import pitfalls
 from support import data, report
 from support.classifier import DomainClassifier
-from unet import UNet
 
 SMALL = "--rounds 1 --steps 16 --batch 8 --samples 16 --nfe 4 --prune-rate 0.5 --out".split()
 
@@ -34,20 +33,14 @@ def test_a_run(tmp_path, capsys, monkeypatch):
     lth.main([*SMALL, run])
     pitfalls.main(["--from", run, "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "1 seed: single values" in said and "of 7 mistakes" in said and "fresh less restored" in said
+    assert "1 seed: single values" in said and "of 4 mistakes" in said and "reverse ticket and dense" in said
     with open(tmp_path / "pitfalls_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 7 and len({row["ticket, mistaken"] for row in rows}) == 7  # each its own value
+    assert len(rows) == 4 and len({row["ticket, mistaken"] for row in rows}) == 4  # each its own value
     right = {tuple(row[arm] for arm in pitfalls.ARMS) for row in rows}
     assert len(right) == 1
-    for last in rows[-3:]:  # only the ticket is trained again
-        assert all(last[arm] == last[f"{arm}, mistaken"] for arm in ("dense", "reinit", "random"))
-    assert [row["mistake"] for row in rows[-3:]] == [pitfalls.FRESH, pitfalls.NEGATIVE, pitfalls.AVERAGE]
     facts = json.loads((tmp_path / "pitfalls_digits.json").read_text())
-    assert facts["live"] < facts["not_zero"]["weight standardisation"]
-    assert facts["cut_by_threshold"]["trained"][0] == facts["cut_by_threshold"]["trained"][1] + 1
-    assert facts["cut_by_threshold"]["at the start"][0] > facts["cut_by_threshold"]["at the start"][1] + 1  # ties
-    assert facts["not_zero"]["EMA continued from dense"] == 2 * facts["live"]  # half was pruned: all are back
+    assert 0 <= facts["reversals"]["0"] <= 1 and len(facts["said"]) == 3
     assert (tmp_path / "pitfalls_digits.png").stat().st_size > 5_000
 
 
@@ -72,6 +65,8 @@ def test_best_seed_and_ratios_by_hand():
     rows = [pitfalls.row("a", seed, one, one | dict(ticket=2.0)) for seed, one in enumerate(right)]
     assert pitfalls.over_others(rows, 2) == pytest.approx([2 / 4, 2, 2 / 4])
     assert pitfalls.over_others(rows, 6) == pytest.approx([2 / 4, 2, 2 / 4])
+    best = pitfalls.best_seed([types.SimpleNamespace(right=one) for one in right])
+    assert best[:2] == ["best seed for the ticket", "all"] and best[2:6] == [5, 2.5, 1, 5] and best[6:10] == [5, 1, 1, 5]
     said = pitfalls.conclude(dict(a=rows, b=[pitfalls.row("b", 0, right[0], right[0])]), 2)
     assert "1 of 2 mistakes" in said and "a (2 of 2: dense no, reinit no, random yes -> dense yes" in said
 
@@ -103,37 +98,7 @@ def test_reversals_by_hand(monkeypatch):
     assert 0.2 < pitfalls.reversals(bench) < 0.8
 
 
-def test_standardisation_counts_by_hand():
-    model = UNet(base=8, mults=(1,), image_size=8)
-    with torch.no_grad():
-        for p in pitfalls.prunable(model).values():
-            p.zero_()
-        model.conv_in.weight[0, 0, 0, 0] = 1.0  # one live weight: its filter's eight dead ones come alive
-    assert pitfalls.nonzero(model) == 1 and pitfalls.nonzero(pitfalls.standardised(model)) == 9
-    assert pitfalls.nonzero(model) == 1
-
-
-def test_a_threshold_takes_one_too_many_and_all_ties():
-    model = torch.nn.Linear(10, 1)
-    with torch.no_grad():
-        model.weight.copy_(torch.tensor([[-9.0, 8, -7, 6, -5, 4, -3, 2, -1, 0.5]]))
-    assert pitfalls.cut_by_threshold(model, 0.2) == 3  # 2 were asked for
-    with torch.no_grad():
-        model.weight[0, :6] = 0
-    assert pitfalls.cut_by_threshold(model, 0.2) == 6
-
-
 def test_dense_alone_by_hand():
     right = [dict(dense=10, ticket=9, reinit=10.9, random=11.1), dict(dense=10, ticket=10.9, reinit=20, random=20)]
     said = pitfalls.dense_alone([types.SimpleNamespace(right=one) for one in right])
     assert said == "Within 10% of dense, of 2 seeds: ticket in 2, reinit in 1, random mask in 0."
-
-
-def test_ablation_by_hand():
-    right = dict(dense=5.0, ticket=4.0, reinit=6.0, random=8.0)
-    rows = [pitfalls.row(pitfalls.FRESH, seed, right, right | dict(ticket=5.0 + 0.1 * (seed - 1)))
-            for seed in range(3)]
-    said = pitfalls.ablation(rows)
-    assert "3 seeds" in said and "fresh less restored +1.00 [+0.83, +1.17]" in said
-    assert "restored less reinit -2.00 [-2.00, -2.00]" in said and "fresh less random -3.00 [" in said
-    assert "fresh less dense +0.00;" in pitfalls.ablation(rows[1:2])
