@@ -14,8 +14,9 @@ PGD     Ten steps of b / 4 from the result of FGSM, of which the worst is kept (
         Towards Deep Learning Models Resistant to Adversarial Attacks, 2017, 1706.06083).
 start   Sampling begins at a * x_T + m instead of x_T. Measured: fid_domain.
 sampler PGD through the whole sampler (DDIM): a change of x_T, at most b per value, that changes
-        the image most. Measured: the change of x_0 before it is clipped, root mean square, beside
-        that of a random x_T as far away (chance); how many images change their class (flips).
+        the image most. Measured: the change of the image, whose pixels lie in [-1, 1], root mean
+        square, beside that of a random x_T as far away (chance); how many images change their
+        class (flips).
 
 All networks meet the same images, t, noise and budgets. Figures are absolute: a ratio to its own
 clean error makes the worst network look most robust. Margin, fixed before the run: a ticket is
@@ -108,11 +109,11 @@ def mean_error(predict, batch, attack=None, budget=0.0):
 
 
 def images_of(diffusion, predict, x):
-    """Images (N, C, H, W) from x_T by DDIM; gradients flow through all evaluations."""
+    """Images (N, C, H, W) in [-1, 1] from x_T by DDIM; gradients flow through all evaluations."""
     times, abar = sampling_times(diffusion, NFE), diffusion.alphas_bar.tolist()
     for t, after in zip(times, [*times[1:], None]):
         eps = predict(x, torch.full((len(x),), t, device=x.device))
-        x = ddim_step(x, eps, abar[t], 1.0 if after is None else abar[after])
+        x = ddim_step(x, eps, abar[t], 1.0 if after is None else abar[after], clip=True)
     return x
 
 
