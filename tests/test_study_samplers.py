@@ -33,7 +33,8 @@ def test_samplers(finished, tmp_path, capsys):
     assert work["2", "8"] < work["1", "8"] < work["0", "8"]
     best = {row["evaluations"] for row in rows if row["front of work"]}
     assert "4" in best and "Front of work" in capsys.readouterr().out
-    assert (tmp_path / "samplers_digits.png").stat().st_size > 10_000
+    for picture in "samplers_digits.png", "samplers_digits_seconds.png":
+        assert (tmp_path / picture).stat().st_size > 10_000
     for flags, said in (("--rounds 3", "argument --rounds: no runs of round 3"),
                         ("--samples 3", "argument --samples: 3 is not 4 or more")):
         with pytest.raises(SystemExit) as stop:
@@ -45,6 +46,15 @@ def test_front_by_hand():
     points = [("a", 1, 9), ("b", 2, 5), ("c", 3, 5), ("d", 2, 7), ("e", 4, 1)]
     means = {name: dict(work=work, fid_domain=fid) for name, work, fid in reversed(points)}
     assert samplers.front(means, "work") == ["a", "b", "e"]
+
+
+def test_the_title_counts_tickets_on_the_front_of_seconds():
+    points = {(0, "dense", "ddim", 50): (4, 1), (5, "ticket", "ddim", 50): (3, 2), (5, "ticket", "ddim", 5): (1, 3),
+              (0, "dense", "ddim", 5): (1, 4)}
+    means = {setting: {"s/1000": seconds, "fid_domain": fid} for setting, (seconds, fid) in points.items()}
+    assert samplers.title_of_front(means, [["not shown"]]).startswith("Of 3 settings that no other beats in seconds and "
+                                                                    "FID, 2 are tickets")
+    assert "?" in samplers.title_of_front(means, [["no verdict"]])
 
 
 def test_means_are_over_seeds_of_one_setting():
