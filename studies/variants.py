@@ -46,6 +46,7 @@ VARIANTS = ("linear/v/min-snr", "linear/v/plain", "linear/eps/min-snr", "linear/
 Row = collections.namedtuple("Row", "variant arm sparsity seeds fid_domain sd "
                              "difference low high val_loss")
 VERDICTS = ["variant", "metric", *JUDGED]
+VARIED = "schedule", "prediction", "weighting", "out"  # flags in which the variants' runs differ
 
 
 class SigmaDiffusion(Diffusion):
@@ -160,13 +161,13 @@ def draw(table, title, path, note):
                       x_ticks=[*enumerate(ticks)], note=note)
 
 
-def save(study, out, table, verdicts, options, seeds, device):
-    """Write both tables; return their path."""
-    path = f"{out}/variants_{options.dataset}"
-    facts = dict(n=options.samples, seeds=seeds, flags=vars(options))
-    study.save(path, Row._fields, table, device, **facts)
-    study.save(path + "_verdicts", VERDICTS, verdicts, device, **facts)
-    return path
+def save(study, path, table, verdicts, options, seeds):
+    """Write both tables, with the flags that all variants share."""
+    flags = {flag: value for flag, value in vars(options).items() if flag not in VARIED}
+    facts = dict(device=cli.pick_device(options.device)[0], n=options.samples, seeds=seeds,
+                 flags=flags)
+    study.save(path, Row._fields, table, **facts)
+    study.save(path + "_verdicts", VERDICTS, verdicts, **facts)
 
 
 def main(argv=None):
@@ -178,7 +179,7 @@ def main(argv=None):
     add("--runs", type=cli.path,
         help="folder of the runs (default: runs/variants_DATASET)")
     table, verdicts = [], []
-    with study.arguments(argv, ("--schedule", "--prediction", "--weighting")) as args:
+    with study.arguments(argv, [f"--{flag}" for flag in VARIED[:3]]) as args:
         plans = {name: parse(name, args.rest, args.runs) for name in args.only}
         for name, (options, parser) in plans.items():
             print(f"\n--- {name}: {options.out}", flush=True)
@@ -186,18 +187,17 @@ def main(argv=None):
             kind = ScoreBased if name == SIGMA else lth.Experiment
             try:
                 exp = lth.run(options, parser, experiment=kind)
+                table += arm_rows(name, exp, seeds)
+                verdicts += verdict_rows(name, exp, seeds)
             except SystemExit as stop:
                 if stop.code != 1:  # 1: it diverged, as it has said itself
                     raise
                 verdicts += [[name, metric, len(seeds), *[None] * 5, "no verdict: it diverged",
                               *[None] * 6] for metric in lth.MARGINS]
-                continue
-            table += arm_rows(name, exp, seeds)
-            verdicts += verdict_rows(name, exp, seeds)
-            save(study, args.out, table, verdicts, options, seeds, exp.device)
+            path = f"{args.out}/variants_{options.dataset}"
+            save(study, path, table, verdicts, options, seeds)
         if not table:
             raise FloatingPointError("every variant diverged: give a lower --lr")
-        path = save(study, args.out, table, verdicts, options, seeds, exp.device)
         bars = " Bars: standard deviation over seeds." if len(seeds) > 1 else ""
         draw(table, title_of(verdicts), path + ".png",
              f"{options.dataset}, {options.steps:,} steps of {options.batch}; FID from "

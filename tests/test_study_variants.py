@@ -1,5 +1,6 @@
 """studies.variants: the noise levels of score-based models, two variants end to end, arithmetic by hand."""
 import csv
+import json
 import math
 import types
 
@@ -98,6 +99,26 @@ def test_variants(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lth, "train", None)  # all that is trained is kept
     variants.main(command)
     assert (tmp_path / "variants_digits.csv").read_bytes() == before
+
+
+def test_a_variant_that_diverges_leaves_the_others_their_table(tmp_path, monkeypatch):
+    """The second run ends as one whose loss is no number does; what the first found is there."""
+    arms = dict(dense=(10.0, 10, 10), ticket=(9.0, 8, 7), reinit=(11.0, 11, 11), random=(20.0, 20, 20))
+    rows = {lth.Job(seed, 0 if arm == "dense" else 2, arm): dict(fid_domain=v, sparsity=0.5, val_loss=v, arm=arm,
+                                                                 seed=seed, round=0 if arm == "dense" else 2)
+            for arm, values in arms.items() for seed, v in zip((10, 11, 12), values)}
+
+    def run(args, parser, experiment):
+        if args.prediction == "eps":
+            raise SystemExit(1)
+        return types.SimpleNamespace(rows=rows, args=args)
+    monkeypatch.setattr(lth, "run", run)
+    variants.main(["--only", "linear/v/plain", "linear/eps/plain", "--out", str(tmp_path)])
+    assert [row["variant"] for row in read(tmp_path / "variants_digits.csv")] == ["linear/v/plain"] * 4
+    said = {row["variant"]: row["answer"] for row in read(tmp_path / "variants_digits_verdicts.csv")}
+    assert said == {"linear/v/plain": "winning", "linear/eps/plain": "no verdict: it diverged"}
+    flags = json.loads((tmp_path / "variants_digits.json").read_text())["flags"]
+    assert flags["seeds"] == [10, 11, 12] and "prediction" not in flags  # what they share
 
 
 def test_differences_by_hand():
