@@ -10,20 +10,13 @@ import torch
 import lth_diffusion as lth
 from ddpm import to_float
 from studies import common, latent
-from support import cli, data, report, runs
+from support import cli, runs
 
 SMALL = "--rounds 1 --steps 16 --batch 8 --samples 16 --nfe 4 --prune-rate 0.5 --out".split()
 
 
-whole = data.load_images
-
-
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(data, "load_images", lambda *args: tuple(part[:800] for part in whole(*args)))
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-    monkeypatch.setattr(report, "draw_run", lambda *_: None)
-    monkeypatch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
+def small(tiny, monkeypatch):
     monkeypatch.setattr(latent, "STEPS", 40)
 
 

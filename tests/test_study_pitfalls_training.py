@@ -7,21 +7,10 @@ import torch
 
 import lth_diffusion as lth
 from studies import pitfalls, pitfalls_training as training
-from support import data, report
 from unet import UNet
 
 SMALL = "--rounds 1 --steps 16 --batch 8 --samples 16 --nfe 4 --prune-rate 0.5 --out".split()
-
-
-whole = data.load_images
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(data, "load_images", lambda *args: tuple(part[:800] for part in whole(*args)))
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-    monkeypatch.setattr(report, "draw_run", lambda *_: None)
-    monkeypatch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def test_a_run(tmp_path, capsys, monkeypatch):

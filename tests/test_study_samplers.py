@@ -7,17 +7,13 @@ import torch
 import lth_diffusion as lth
 from ddpm import Diffusion
 from studies import samplers
-from support import report
 
 SMALL = "--rounds 2 --steps 8 --batch 8 --samples 8 --nfe 4 --controls --control-rounds 1 2".split()
 
 
 @pytest.fixture
-def finished(tmp_path, monkeypatch):
+def finished(tiny, tmp_path, monkeypatch):
     """The folder of a finished run."""
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-    monkeypatch.setattr(report, "draw_run", lambda *_: None)
-    monkeypatch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
     monkeypatch.setattr(samplers, "STEPS", dict(ddpm=(4,), ddim=(4, 8), dpm=(4,), heun=(5,)))
     lth.main([*SMALL, "--out", str(tmp_path / "run")])
     return tmp_path / "run"

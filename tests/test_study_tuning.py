@@ -11,10 +11,7 @@ SMALL = "--steps 8 --batch 8 --samples 8 --nfe 4 --seeds 0".split()
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-    monkeypatch.setattr(report, "draw_run", lambda *_: None)
-    monkeypatch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
+def quick(tiny, monkeypatch):
     monkeypatch.setattr(tuning, "RATES", (0.25, 1))
     monkeypatch.setattr(tuning, "ROUNDS", (1, 2))
 
