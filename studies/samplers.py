@@ -32,7 +32,9 @@ from support import charts, cli
 from support.words import counted
 
 STEPS = dict(ddpm=(10, 25, 50, 100), ddim=(5, 10, 20, 50), dpm=(5, 10, 20, 50), heun=(9, 19, 39))
-STYLES = dict(ddpm="dotted", ddim="solid", dpm="dashed", heun="points")
+STYLES = {  # of a sampler's lines; each network has its colour
+    "ddpm": dict(style="dotted", shape="circle"), "ddim": dict(style="solid", shape="square"),
+    "dpm": dict(style="dashed", shape="diamond"), "heun": dict(style="points", shape="triangle")}
 RHO = 7  # of EDM's noise levels, 2206.00364, section 3
 MARGIN = 0.1  # of dense
 SETTING = "round", "arm", "sampler", "evaluations"
@@ -175,9 +177,11 @@ def name_of(row):
 
 def draw(means, cost, title, path, note):
     """fid_domain against a cost of COSTS: one line per network and sampler."""
-    lines = {}
+    lines, networks = {}, cli.once((row["round"], row["arm"]) for row in means.values())
     for row in means.values():
-        new = dict(label=name_of(row), x=[], y=[], style=STYLES[row["sampler"]])
+        network = networks.index((row["round"], row["arm"]))
+        new = dict(label=name_of(row), x=[], y=[], colour=charts.PALETTE[network],
+                   **STYLES[row["sampler"]])
         line = lines.setdefault(name_of(row), new)
         line["x"].append(row[COSTS[cost]])
         line["y"].append(row["fid_domain"])
@@ -236,7 +240,7 @@ def main(argv=None):
         said = [mark_front(table, means, name) for name in COSTS]
         cells = [list(row.values()) for row in table]
         path = f"{args.out}/samplers_{exp.args.dataset}"
-        study.save(path, HEADER, cells, exp.device, n=args.samples)
+        study.save(path, HEADER, cells, exp.device, n=args.samples, said=said)
         pairs = list(paired(table))
         study.save(path + "_paired", PAIRED, pairs, exp.device, n=args.samples)
         seeds = counted(len({job.seed for job in jobs}), "seed")

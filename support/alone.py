@@ -3,7 +3,6 @@
 With --from it draws from a file instead: see support/draw.py.
 """
 import os
-import sys
 
 import torch
 
@@ -52,7 +51,7 @@ def train_and_draw(args, guard, model, diffusion, images, train, draw_samples):
         facts = dict(method="ddpm.py")
         if args.images:  # they can change; what is drawn or downloaded cannot
             facts["data_hash"] = runs.images_hash(images)
-        runs.write_config(args, runs.provenance(" ".join(sys.argv), device, **facts),
+        runs.write_config(args, runs.provenance(runs.typed(), device, **facts),
                           [name for name in facts if name == "data_hash"])
     if not os.path.exists(path):
         with runs.resumable(partial, guard) as (state, seconds), cli.training_memory():

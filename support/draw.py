@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import re
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +55,7 @@ def main(parser, argv, ddpm, prune):
             drawn = ddpm.draw_samples(found.model.to(device), diffusion, x_T, args.precision,
                                       args.sampler, args.nfe, seed=args.seed, share=ranks.share)
         if ranks.first():
-            facts = runs.provenance(" ".join(sys.argv), device, method="ddpm.py --from")
+            facts = runs.provenance(runs.typed(), device, method="ddpm.py --from")
             write(args.out, drawn, vars(args) | facts)
         print(summary(args, found.facts))
 

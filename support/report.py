@@ -1,6 +1,5 @@
 """What a run prints and draws, from its rows, samples and losses."""
 import os
-import sys
 import time
 
 import numpy as np
@@ -30,7 +29,7 @@ def write_config(exp, method, margins):
     """config.json: the flags, and where the figures come from."""
     a = exp.args
     facts = runs.provenance(
-        " ".join(sys.argv), exp.device, precision=a.precision, method=method,
+        runs.typed(), exp.device, precision=a.precision, method=method,
         margins=margins, ranks=ranks.ranks()[1], experiment=type(exp).__name__,
         reference=exp.reference, reference_n=len(exp.real), **exp.hashes)
     runs.write_config(a, facts, SAME if exp.device.type == "cpu" else SAME[:-1])

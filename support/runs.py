@@ -14,9 +14,11 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -553,6 +555,13 @@ def processor_name(device):
         if lines:
             return lines[0]
     return cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+
+
+def typed():
+    """The command as it was typed: a module, started with -m, by its name."""
+    spec = sys.modules["__main__"].__spec__  # None for a script
+    start = sys.argv[:1] if spec is None else ["-m", spec.name]
+    return shlex.join(["python", *start, *sys.argv[1:]])
 
 
 def provenance(command, device="cpu", **facts):

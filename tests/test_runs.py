@@ -2,6 +2,8 @@
 import mmap
 import os
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -94,3 +96,13 @@ def test_peak_memory_sees_a_block_that_is_gone():
     assert low.bytes is None or high.bytes > 50e6
     if high.kind == "resident":  # where the mark can be reset
         assert high.bytes - low.bytes > 100e6
+
+
+@pytest.mark.parametrize("spec, argv, said", [
+    (None, ["lth_diffusion.py", "--rounds", "3"], "python lth_diffusion.py --rounds 3"),
+    (types.SimpleNamespace(name="methods.channels"), ["/somewhere/methods/channels.py", "--out", "my runs"],
+     "python -m methods.channels --out 'my runs'")])
+def test_the_command_is_kept_as_it_was_typed(spec, argv, said, monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace(__spec__=spec))
+    monkeypatch.setattr(sys, "argv", argv)
+    assert runs.typed() == said
