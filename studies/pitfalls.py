@@ -210,23 +210,25 @@ def find_benches(exp, rows):
     return [Bench(exp, seed) for seed in seeds]
 
 
-def publish(study, args, exp, groups, said, **facts):
-    """Save the rows of {mistake: rows}, draw the ticket's fid_domain over that of the others, and
-    print both. said: sentences."""
+def draw(groups, path, note):
+    """The ticket's fid_domain over that of the others, from {mistake: rows}."""
+    ratios = [over_others(next(iter(groups.values())), 2)]  # measured correctly
+    ratios += [over_others(rows, 6) for rows in groups.values()]
+    turned = sum(any(one[-2] != one[-1] for one in rows) for rows in groups.values())
+    charts.heat_map(ratios, ["measured correctly", *groups], ["dense", "reinit", "random"], path,
+                    f"{turned} of {len(groups)} mistakes change an answer about the ticket", note,
+                    log=True, x_label="fid_domain of the ticket over", bar_label="below 1: better")
+
+
+def publish(study, args, exp, groups, said, note="", **facts):
+    """Save, draw and print {mistake: rows}. said: sentences; note: of the picture."""
     table = [one for rows in groups.values() for one in rows]
     n = len({one[1] for one in table} - {"all"})
     said = [*said, conclude(groups, n)]
     path = os.path.join(args.out, f"{study.prog.split('.')[-1]}_{exp.args.dataset}")
     study.save(path, HEADER, table, exp.device, n=exp.args.samples, draws=DRAWS, said=said, **facts)
-    ratios = [over_others(next(iter(groups.values())), 2)]  # measured correctly
-    ratios += [over_others(rows, 6) for rows in groups.values()]
-    turned = sum(any(one[-2] != one[-1] for one in rows) for rows in groups.values())
-    charts.heat_map(ratios, ["measured correctly", *groups], ["dense", "reinit", "random"],
-                    path + ".png",
-                    f"{turned} of {len(groups)} mistakes change an answer about the ticket",
-                    f"{exp.args.dataset}, n={exp.args.samples:,} samples, DDIM, "
-                    f"{counted(n, 'seed')}, round {exp.args.rounds}",
-                    log=True, x_label="fid_domain of the ticket over", bar_label="below 1: better")
+    draw(groups, path + ".png", f"{exp.args.dataset}, n={exp.args.samples:,} samples, DDIM, "
+         f"{counted(n, 'seed')}, round {exp.args.rounds}.{note}")
     shown = [[*one[:2], *one[-2:]] for one in table]
     print(f"\n{charts.text_table([*HEADER[:2], *HEADER[-2:]], shown)}\n")
     print(*said, f"{path}.csv, .json, .png", sep="\n")

@@ -150,8 +150,8 @@ def main(argv=None):
                 for name, left in alive.items()]
         said += [f"Network {name}: a threshold cuts {gone:,} weights, {asked:,} were asked for."
                  for name, (gone, asked) in cut.items()]
-        publish(study, args, exp, groups, [ablation(groups[FRESH]), *said], live=live,
-                not_zero=alive, cut_by_threshold=cut)
+        publish(study, args, exp, groups, [ablation(groups[FRESH]), *said],
+                f" {AVERAGE}: first seed.", live=live, not_zero=alive, cut_by_threshold=cut)
 
 
 if __name__ == "__main__":
