@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import sys
 import time
 
@@ -44,7 +45,7 @@ class Study(cli.Parser):
         other than the study's own are args.rest.
         """
         argv = sys.argv[1:] if argv is None else argv
-        self.command = " ".join([f"python -m {self.prog}", *argv])
+        self.command = shlex.join(["python", "-m", self.prog, *argv])
         self.began = time.monotonic()
         runs.commit()
         args, args.rest = self.parse_known_args(argv)

@@ -77,7 +77,7 @@ def job_of(exp, seed, arm):
 
 # --------------------------------------------------------------------------- the mistakes
 
-# Each gives {arm: fid_domain}.
+# Each of EVALUATIONS gives {arm: fid_domain}.
 
 def few_images(bench):
     """FID from a few samples against a few real images."""
@@ -119,7 +119,7 @@ def fid_over_images(feats, real):
 
 
 def train_mode(bench):
-    """The feature extractor left in train mode."""
+    """The feature extractor left in train mode; one set of samples, 2,000 real images."""
     model, batch = bench.exp.classifier, min(FEW, bench.n)
     real = metrics.random_draw(bench.exp.images, 2000)
     reference = metrics.statistics(batch_features(model, real, batch))
@@ -196,7 +196,7 @@ def conclude(groups, n):
         if turned:
             said.append(f"{name} ({len(turned)} of {len(rows)}: {turned[0]})")
     return (f"Is the ticket within {LIMIT:.0%} of dense, better than reinit, better than "
-            f"random? {len(said)} of {len(groups)} mistakes change an answer: "
+            f"random? Mistakes that change an answer, {len(said)} of {len(groups)}: "
             f"{'; '.join(said) or 'none'}. {counted(n, 'seed')}: single values, no test.")
 
 
@@ -215,9 +215,10 @@ def draw(groups, path, note):
     ratios = [over_others(next(iter(groups.values())), 2)]  # measured correctly
     ratios += [over_others(rows, 6) for rows in groups.values()]
     turned = sum(any(one[-2] != one[-1] for one in rows) for rows in groups.values())
+    title = f"Mistakes that change an answer about the ticket: {turned} of {len(groups)}"
     charts.heat_map(ratios, ["measured correctly", *groups], ["dense", "reinit", "random"], path,
-                    f"{turned} of {len(groups)} mistakes change an answer about the ticket", note,
-                    log=True, x_label="fid_domain of the ticket over", bar_label="below 1: better")
+                    title, note, log=True, x_label="fid_domain of the ticket over",
+                    bar_label="below 1: better")
 
 
 def publish(study, args, exp, groups, said, note="", **facts):

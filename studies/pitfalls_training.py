@@ -3,20 +3,21 @@
     python -m studies.pitfalls_training                     # makes a small run on digits first
     python -m studies.pitfalls_training --from runs/mnist   # a finished run with reinit and random
 
-As studies.pitfalls, but the ticket is trained again from step k on the same batches, with one
-mistake:
+Like studies.pitfalls, but here the ticket is trained again from step k on the same batches, with
+one mistake:
 
 restart fresh    The ticket's weights go back to step k, but Adam and the average start anew at full
                  rate, without the warm-up that reinit has (the first edition of this code; open_lth
-                 restarts its optimizer too, but that of the dense network with it).
+                 restarts its optimizer too, but also that of the dense network).
 negative frozen  No gradient where w < 1e-6, which should have been |w|: negative weights get none
                  (rahulvigneswaran/Lottery-Ticket-Hypothesis-in-Pytorch, its issues 5 and 31).
 EMA continued    The average goes on from the dense network's (Jiang et al., 2023, 2310.18823, their
                  public code; first seed only), so that pruned weights stay alive in it.
 
-Without training: cutting every weight up to the k-th smallest takes one too many, and all that tie
-with it (Eric-mingjie/rethinking-network-pruning, weight-level lottery tickets), counted for a cut
-of a fifth. Weight standardisation (2310.18823, their code) revives pruned weights: counted.
+Without training, counted: to cut k weights, all go that are no larger than entry k of the sorted
+sizes, counted from 0, which takes one too many, and all that tie with it
+(Eric-mingjie/rethinking-network-pruning, weight-level lottery tickets), for a cut of a fifth;
+weight standardisation (2310.18823, their code) revives pruned weights.
 
 What would change our mind about a mistake: verdicts that stay the same with it in several runs.
 """
@@ -65,8 +66,9 @@ def continue_average(bench):
 
 
 def freeze_negative(bench):
-    """Where weights below EPS are taken for pruned and get no gradient."""
-    def after_backward(step, model):
+    """Where weights below EPS are taken for pruned and get no gradient. Adam's moments of the
+    dense network still move them a little at first."""
+    def after_backward(step, model):  # in place of that of mask_hooks: pruned weights are below EPS
         for p in prunable(model).values():
             if p.grad is not None:
                 p.grad.mul_(p >= EPS)
@@ -74,7 +76,7 @@ def freeze_negative(bench):
 
 
 def cut_by_threshold(model, fraction):
-    """How many weights go where everything up to the k-th value does, k = fraction * all."""
+    """How many weights go where all up to entry k of the sorted sizes do, k = fraction * all."""
     sizes = torch.cat([p.detach().abs().flatten() for p in prunable(model).values()])
     return int((sizes <= sizes.sort().values[int(fraction * len(sizes))]).sum())
 

@@ -46,7 +46,8 @@ VARIANTS = ("linear/v/min-snr", "linear/v/plain", "linear/eps/min-snr", "linear/
 Row = collections.namedtuple("Row", "variant arm sparsity seeds fid_domain sd "
                              "difference low high val_loss")
 VERDICTS = ["variant", "metric", *JUDGED]
-VARIED = "schedule", "prediction", "weighting", "out"  # flags in which the variants' runs differ
+VARIED = "schedule", "prediction", "weighting"  # flags in which the variants differ
+OWN = *VARIED, "out", "seeds", "workers"  # flags in which their runs may
 
 
 class SigmaDiffusion(Diffusion):
@@ -163,7 +164,7 @@ def draw(table, title, path, note):
 
 def save(study, path, table, verdicts, options, seeds):
     """Write both tables, with the flags that all variants share."""
-    flags = {flag: value for flag, value in vars(options).items() if flag not in VARIED}
+    flags = {flag: value for flag, value in vars(options).items() if flag not in OWN}
     facts = dict(device=cli.pick_device(options.device)[0], n=options.samples, seeds=seeds,
                  flags=flags)
     study.save(path, Row._fields, table, **facts)
@@ -179,7 +180,7 @@ def main(argv=None):
     add("--runs", type=cli.path,
         help="folder of the runs (default: runs/variants_DATASET)")
     table, verdicts = [], []
-    with study.arguments(argv, [f"--{flag}" for flag in VARIED[:3]]) as args:
+    with study.arguments(argv, [f"--{flag}" for flag in VARIED]) as args:
         plans = {name: parse(name, args.rest, args.runs) for name in args.only}
         for name, (options, parser) in plans.items():
             print(f"\n--- {name}: {options.out}", flush=True)
@@ -195,7 +196,8 @@ def main(argv=None):
                 verdicts += [[name, metric, len(seeds), *[None] * 5, "no verdict: it diverged",
                               *[None] * 6] for metric in lth.MARGINS]
             path = f"{args.out}/variants_{options.dataset}"
-            save(study, path, table, verdicts, options, seeds)
+            if table:
+                save(study, path, table, verdicts, options, seeds)
         if not table:
             raise FloatingPointError("every variant diverged: give a lower --lr")
         bars = " Bars: standard deviation over seeds." if len(seeds) > 1 else ""

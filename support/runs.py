@@ -559,8 +559,9 @@ def processor_name(device):
 
 def typed():
     """The command as it was typed: a module, started with -m, by its name."""
-    spec = sys.modules["__main__"].__spec__  # None for a script
-    start = sys.argv[:1] if spec is None else ["-m", spec.name]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec and spec.origin == sys.argv[0]  # otherwise a script, perhaps under a debugger
+    start = ["-m", spec.name.removesuffix(".__main__")] if module else sys.argv[:1]
     return shlex.join(["python", *start, *sys.argv[1:]])
 
 

@@ -100,9 +100,13 @@ def test_peak_memory_sees_a_block_that_is_gone():
 
 @pytest.mark.parametrize("spec, argv, said", [
     (None, ["lth_diffusion.py", "--rounds", "3"], "python lth_diffusion.py --rounds 3"),
-    (types.SimpleNamespace(name="methods.channels"), ["/somewhere/methods/channels.py", "--out", "my runs"],
-     "python -m methods.channels --out 'my runs'")])
+    (types.SimpleNamespace(name="methods.channels", origin="/a/channels.py"), ["/a/channels.py", "--out", "my runs"],
+     "python -m methods.channels --out 'my runs'"),
+    (types.SimpleNamespace(name="cProfile", origin="/b/cProfile.py"), ["lth_diffusion.py", "--demo"],
+     "python lth_diffusion.py --demo"),
+    ("none", ["lth_diffusion.py"], "python lth_diffusion.py")])  # python -m pdb lth_diffusion.py
 def test_the_command_is_kept_as_it_was_typed(spec, argv, said, monkeypatch):
-    monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace(__spec__=spec))
+    main = types.SimpleNamespace() if spec == "none" else types.SimpleNamespace(__spec__=spec)
+    monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(sys, "argv", argv)
     assert runs.typed() == said

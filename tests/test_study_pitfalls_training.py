@@ -19,7 +19,7 @@ def test_a_run(tmp_path, capsys, monkeypatch):
     lth.main([*SMALL, run])
     training.main(["--from", run, "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "1 seed: single values" in said and "of 3 mistakes" in said and "fresh less restored" in said
+    assert "1 seed: single values" in said and "change an answer" in said and "fresh less restored" in said
     with open(tmp_path / "pitfalls_training_digits.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["mistake"] for row in rows] == [training.FRESH, training.NEGATIVE, training.AVERAGE]

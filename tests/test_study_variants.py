@@ -10,8 +10,7 @@ import torch
 import lth_diffusion as lth
 from ddpm import Diffusion, sample
 from studies import variants
-from support import report, runs
-from unet import PRESETS
+from support import runs
 
 SMALL = ("--seeds 0 --rounds 1 --prune-rate 0.5 --steps 8 --rewind 0.25 --batch 8 --samples 8 --nfe 10 "
          "--precision fp32").split()
@@ -70,12 +69,6 @@ def test_only_this_study_has_them(capsys):
 
 # --- the study
 
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-    monkeypatch.setattr(report, "draw_run", lambda *_: None)
-
-
 def test_variants(tiny, tmp_path, monkeypatch, capsys):
     command = [*SMALL, "--only", "linear/v/plain", "sigma/eps/plain", "--runs", str(tmp_path / "runs"), "--out",
                str(tmp_path)]
@@ -117,8 +110,12 @@ def test_a_variant_that_diverges_leaves_the_others_their_table(tmp_path, monkeyp
     assert [row["variant"] for row in read(tmp_path / "variants_digits.csv")] == ["linear/v/plain"] * 4
     said = {row["variant"]: row["answer"] for row in read(tmp_path / "variants_digits_verdicts.csv")}
     assert said == {"linear/v/plain": "winning", "linear/eps/plain": "no verdict: it diverged"}
-    flags = json.loads((tmp_path / "variants_digits.json").read_text())["flags"]
-    assert flags["seeds"] == [10, 11, 12] and "prediction" not in flags  # what they share
+    facts = json.loads((tmp_path / "variants_digits.json").read_text())
+    assert facts["seeds"] == [10, 11, 12] and "steps" in facts["flags"] and "prediction" not in facts["flags"]
+    before = (tmp_path / "variants_digits.csv").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        variants.main(["--only", "linear/eps/plain", "--out", str(tmp_path)])
+    assert stop.value.code == 1 and (tmp_path / "variants_digits.csv").read_bytes() == before  # nothing to put there
 
 
 def test_differences_by_hand():
