@@ -16,7 +16,7 @@ start   Sampling begins at a * x_T + m instead of x_T. Measured: fid_domain.
 sampler PGD through the whole sampler (DDIM): a change of x_T, at most b per value, that changes
         the image most. Measured: the change of the image, whose pixels lie in [-1, 1], root mean
         square, beside that of a random x_T as far away (chance); how many images change their
-        class (flips).
+        class (flips). Pixels that are clipped have no gradient: a stronger attack may exist.
 
 All networks meet the same images, t, noise and budgets. Figures are absolute: a ratio to its own
 clean error makes the worst network look most robust. Margin, fixed before the run: a ticket is
