@@ -349,9 +349,8 @@ def test_distance_of_masks_by_hand():
     assert early_bird.distance(masks(0, 1, 2, 3, 4, 5), masks(2, 3, 4, 5, 6, 7)) == 1
 
 
-def test_early_bird_stops_once_five_masks_agree(monkeypatch, tmp_path):
+def test_early_bird_stops_once_five_masks_agree(tiny, monkeypatch, tmp_path):
     """At the first draw that is near the five before; with another threshold never, and then half-way."""
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
     args, _ = lth.parse_args("--rounds 2 --final-sparsity 0.9 --steps 100 --batch 4 --samples 8 --nfe 4 "
                              f"--out {tmp_path}".split())
     exp, seen = lth.Experiment(args), []
@@ -370,9 +369,8 @@ def test_early_bird_stops_once_five_masks_agree(monkeypatch, tmp_path):
     assert all(0 <= one <= 1 for *_, distances in seen for one in distances)
 
 
-def test_an_early_bird_costs_what_dense_costs(monkeypatch, tmp_path):
+def test_an_early_bird_costs_what_dense_costs(tiny, monkeypatch, tmp_path):
     """Search and training together take the steps of the dense network, and fewer multiplications."""
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
     monkeypatch.setattr(early_bird, "NEAR", 1.1)
     early_bird.main("--rounds 2 --final-sparsity 0.9 --steps 100 --batch 4 --samples 8 --nfe 4 --controls "
                     f"--out {tmp_path}".split())
@@ -385,9 +383,8 @@ def test_an_early_bird_costs_what_dense_costs(monkeypatch, tmp_path):
         assert row["train_macs_total"] < dense["train_macs_total"]
 
 
-def test_an_early_bird_and_its_random_mask_start_alike(monkeypatch, tmp_path):
+def test_an_early_bird_and_its_random_mask_start_alike(tiny, monkeypatch, tmp_path):
     """From the state at which the mask settled, also when the controls are made by a later command."""
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
     monkeypatch.setattr(early_bird, "NEAR", 1.1)
     flags = f"--rounds 1 --final-sparsity 0.9 --steps 100 --batch 4 --samples 8 --nfe 4 --out {tmp_path}"
     started, train = {}, lth.train

@@ -12,7 +12,7 @@ import torch
 
 import lth_diffusion as lth
 from prune import prunable
-from support import cli, report, runs
+from support import cli, runs
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 READMES = {name: (HERE / name / "README.md").read_text(encoding="utf-8")
@@ -121,15 +121,12 @@ def test_links_lead_to_files(name):
 # ----------------------------------------------------------------------------------- a method of one's own
 
 @pytest.fixture
-def movement(monkeypatch):
+def movement(tiny, monkeypatch):
     """The block of code in methods/README.md, as the module methods.movement."""
     block, = re.findall(r"```python\n(.*?)```", READMES["methods"], re.S)
     module = types.ModuleType("methods.movement")
     exec(compile(block, "movement.py", "exec"), module.__dict__)
     monkeypatch.setitem(sys.modules, "methods.movement", module)
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-    monkeypatch.setattr(report, "draw_run", lambda *_: None)
-    monkeypatch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
     return module
 
 
@@ -169,12 +166,9 @@ def test_a_method_that_fixes_a_flag_refuses_another_value(movement, tmp_path, ca
 @pytest.mark.parametrize("name, flags, expected", [
     ("lth", "--rounds 2", 1 + 2 * 0.75), ("cka", "--rounds 2", 1 + 3 * 0.75),
     ("rigl", "--rounds 1 --rewind 0 --scope erk", 1), ("rst", "--rounds 1 --rewind 0 --scope layer --steps 40", 1.5)])
-def test_costs_are_those_of_the_table(name, flags, expected, monkeypatch, tmp_path):
+def test_costs_are_those_of_the_table(name, flags, expected, tiny, tmp_path):
     """Steps of training up to the last ticket, over those of the dense network: real runs of 20 steps."""
     module = lth if name == "lth" else importlib.import_module(f"methods.{name}")
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-    monkeypatch.setattr(report, "draw_run", lambda *_: None)
-    monkeypatch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
     base = "--prune-rate 0.5 --controls --rewind 0.25 --steps 20 --batch 4 --samples 8 --nfe 4".split()
     out = str(tmp_path / "run")
     module.main([*base, *flags.split(), "--out", out])

@@ -6,7 +6,7 @@ import pytest
 
 import lth_diffusion as lth
 from studies import compare
-from support import cli, report
+from support import cli
 
 
 def config(**changed):
@@ -44,10 +44,7 @@ def test_runs_that_do_not_compare_are_refused(other, named):
         compare.check([("a", config(), []), ("b", other, [])])
 
 
-def test_two_scopes_of_one_dense_network(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(lth.PRESETS, "tiny", dict(base=16, mults=(1,), patch=4))
-    monkeypatch.setattr(report, "draw_run", lambda *_: None)
-    monkeypatch.setattr(report, "measure_speed", lambda *_: (0.0, 0.0))
+def test_two_scopes_of_one_dense_network(tiny, tmp_path, capsys):
     flags = "--rounds 1 --prune-rate 0.5 --steps 8 --batch 4 --samples 8 --nfe 4 --controls".split()
     lth.main([*flags, "--out", str(tmp_path / "one")])
     lth.main([*flags, "--scope", "layer", "--dense-from", str(tmp_path / "one"), "--out", str(tmp_path / "two")])
