@@ -4,7 +4,6 @@ import base64
 import html
 import os
 import shlex
-import sys
 
 import numpy as np
 from PIL import Image
@@ -312,7 +311,7 @@ def command(args, facts):
     threads = f"OMP_NUM_THREADS={facts['threads']} " if facts["device"] == "cpu" else ""
     start = "python " + (method if method.endswith(".py") else f"-m {method}")
     if method.startswith("studies."):
-        return f"{threads}{start} {shlex.join(sys.argv[1:])}".strip()
+        return threads + facts["command"]
     default, words = vars(defaults(args)), []
     derived = {"prune_rate"} if args.final_sparsity is not None else set()
     for name, value in vars(args).items():
